@@ -1,0 +1,1 @@
+"""One-step vision-language robot policies for ROS 2."""

@@ -1,0 +1,1 @@
+"""The policy itself: PyTorch and NumPy only, never ROS."""

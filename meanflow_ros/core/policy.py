@@ -1,0 +1,268 @@
+"""Policy: Observation -> ActionChunk, and the self-describing checkpoint directory.
+
+A checkpoint is `policy.yaml` (all that a robot must know, read strictly), `model.safetensors`
+and `tokenizer.json`. Nothing is unpickled and no code is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from meanflow_ros.core import meanflow
+from meanflow_ros.core.contract import (
+    ActionChunk, ActionSpace, CameraSpec, Observation, RobotSpec, clean_instruction)
+from meanflow_ros.core.dit import ActionDiT, Conditioning, DiTConfig
+from meanflow_ros.core.encoder import EncoderConfig, FlorenceEncoder
+from meanflow_ros.core.normalize import Normalizer
+from meanflow_ros.core.schema import check_keys, read_dataclass, to_plain
+
+FORMAT = 1
+MAX_STEPS = 64
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint directory that cannot be used; the message names what is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Everything in policy.yaml.
+
+    prompt: template with `{instruction}`. sampler_steps: default NFE. instantaneous: True for a
+    rectified-flow network (h = 0 in every step). training: free text on how it was made.
+    """
+
+    robot: RobotSpec
+    action_normalizer: Normalizer
+    state_normalizer: Normalizer | None
+    encoder: EncoderConfig
+    dit: DiTConfig
+    prompt: str = '{instruction}'
+    sampler_steps: int = 1
+    instantaneous: bool = False
+    training: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self):
+        space = self.robot.action_space
+        if self.dit.action_spaces.get(space.name) != space.size:
+            raise ValueError(f'dit.action_spaces must hold {space.name!r} with {space.size} '
+                             f'dimensions, got {dict(self.dit.action_spaces)}')
+        states = len(self.robot.state_names)
+        if self.dit.state_sizes.get(space.name, 0) != states:
+            raise ValueError(f'dit.state_sizes must give {space.name!r} the {states} states of '
+                             f'the robot, got {dict(self.dit.state_sizes)}')
+        if (self.state_normalizer.low.size if self.state_normalizer else 0) != states:
+            raise ValueError(f'state_normalizer must have the {states} states of the robot')
+        normalizer = self.action_normalizer
+        if normalizer.low.size != space.size:
+            raise ValueError(f'action_normalizer must have {space.size} dimensions, '
+                             f'got {normalizer.low.size}')
+        outside = (normalizer.low < space.lower - 1e-9) | (normalizer.high > space.upper + 1e-9)
+        if outside.any():
+            name = space.dimensions[int(np.argmax(outside))]
+            raise ValueError(f'action_normalizer of {name!r} reaches outside its limits')
+        if '{instruction}' not in self.prompt:
+            raise ValueError(f'prompt must contain {{instruction}}, got {self.prompt!r}')
+        if not 1 <= self.sampler_steps <= MAX_STEPS:
+            raise ValueError(f'sampler_steps must be 1 to {MAX_STEPS}, got {self.sampler_steps}')
+
+
+class PolicyNetwork(nn.Module):
+    """Encoder and DiT as one module: what is trained, saved and loaded."""
+
+    def __init__(self, config: PolicyConfig, tokenizer: Tokenizer):
+        super().__init__()
+        self.encoder = FlorenceEncoder(config.encoder, tokenizer)
+        self.dit = ActionDiT(config.dit, self.encoder.width)
+        self.space_index = self.dit.spaces.index(config.robot.action_space.name)
+
+    def condition(self, pixels: Tensor, ids: Tensor, mask: Tensor | None,
+                  state: Tensor | None) -> Conditioning:
+        """Encode a batch: pixels (B, C, 3, S, S), ids and mask (B, L), state (B, P)."""
+        context, mask = self.encoder(pixels, ids, mask)
+        space = torch.full((len(pixels),), self.space_index, device=pixels.device)
+        return self.dit.condition(context, mask, state, space)
+
+    def velocity(self, conditioning: Conditioning) -> meanflow.Velocity:
+        """Return u(z, t=, h=) for these observations."""
+        return lambda z, t, h: self.dit(z, t=t, h=h, conditioning=conditioning)
+
+
+class Policy:
+    """A trained network with everything needed to run it on a robot."""
+
+    def __init__(self, config: PolicyConfig, network: PolicyNetwork, *,
+                 dtype: torch.dtype = torch.float32):
+        self.config = config
+        self.network = network.eval().requires_grad_(False)
+        self.dtype = dtype
+
+    @property
+    def robot(self) -> RobotSpec:
+        """Return the robot that this policy was trained for."""
+        return self.config.robot
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device that the network is on."""
+        return next(self.network.parameters()).device
+
+    @classmethod
+    def create(cls, config: PolicyConfig, tokenizer: Tokenizer) -> 'Policy':
+        """Make a policy with random weights."""
+        return cls(config, PolicyNetwork(config, tokenizer))
+
+    def noise(self, stamp_ns: int, seed: int) -> Tensor:
+        """Draw the start of the flow (1, T, A) from the seed and the observation's stamp."""
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + stamp_ns) % 2**63)
+        return torch.randn(1, self.robot.horizon, self.network.dit.action_size,
+                           generator=generator)
+
+    @torch.inference_mode()
+    def act(self, observation: Observation, *, steps: int | None = None, seed: int = 0,
+            noise: Tensor | None = None) -> ActionChunk:
+        """Return the chunk for an observation; the same input and seed give the same chunk.
+
+        steps: NFE of the sampler, the checkpoint's own by default. noise: (1, T, A) in place of
+        the seeded draw. Raises ValueError for a missing camera or a state of the wrong size.
+        """
+        robot, encoder = self.robot, self.network.encoder
+        missing = [name for name in robot.camera_names if name not in observation.images]
+        if missing:
+            raise ValueError(f'the observation has no picture of camera {missing[0]!r}')
+        pixels = torch.stack([encoder.preprocess(observation.images[name])
+                              for name in robot.camera_names])[None]
+        prompt = self.config.prompt.format(instruction=clean_instruction(observation.instruction))
+        ids, mask = encoder.tokenize([prompt])
+        state = self._normalized_state(observation.state)
+        noise = self.noise(observation.stamp_ns, seed) if noise is None else noise
+        with self._autocast():
+            conditioning = self.network.condition(pixels, ids, mask, state)
+            actions = meanflow.sample(
+                self.network.velocity(conditioning), noise.to(self.device),
+                steps=steps or self.config.sampler_steps,
+                instantaneous=self.config.instantaneous)
+        actions = actions[0, :, :robot.action_space.size].double().cpu().numpy()
+        return ActionChunk(actions=self.config.action_normalizer.invert(actions),
+                           stamp_ns=observation.stamp_ns, period_s=robot.period_s,
+                           first_step=robot.first_step)
+
+    def _normalized_state(self, state: np.ndarray | None) -> Tensor | None:
+        names = self.robot.state_names
+        if not names:
+            return None
+        if state is None or state.shape != (len(names),):
+            raise ValueError(f'the observation must have {len(names)} states {list(names)}, '
+                             f'got {None if state is None else state.shape}')
+        values = self.config.state_normalizer.apply(state)
+        return torch.tensor(values, dtype=torch.float32, device=self.device)[None]
+
+    def _autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def save(self, directory: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write the checkpoint; weights are stored as `dtype` (bfloat16 halves the size)."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().to('cpu', dtype).contiguous()
+                   for name, value in self.network.state_dict().items()}
+        save_file(weights, directory / 'model.safetensors')
+        (directory / 'model.safetensors').chmod(0o644)  # save_file makes it private
+        self.network.encoder.tokenizer.save(str(directory / 'tokenizer.json'))
+        document = {'format': FORMAT, **to_plain(self.config)}
+        with open(directory / 'policy.yaml', 'w', encoding='utf-8') as file:
+            yaml.safe_dump(document, file, sort_keys=False, default_flow_style=None, width=99)
+
+    @classmethod
+    def load(cls, directory: Path | str, *, device: str | torch.device = 'cpu',
+             dtype: torch.dtype = torch.float32) -> 'Policy':
+        """Read a checkpoint; CheckpointError names the file and the key that is wrong."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(f'checkpoint directory {directory} does not exist')
+        for name in ('policy.yaml', 'model.safetensors', 'tokenizer.json'):
+            if not (directory / name).is_file():
+                raise CheckpointError(f'checkpoint {directory} has no {name}')
+        config = read_config(directory / 'policy.yaml')
+        try:
+            tokenizer = Tokenizer.from_file(str(directory / 'tokenizer.json'))
+        except Exception as error:  # tokenizers raises a bare Exception for any bad file
+            raise CheckpointError(f'{directory / "tokenizer.json"}: {error}') from None
+        try:
+            network = PolicyNetwork(config, tokenizer)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise CheckpointError(f'{directory / "policy.yaml"}: no network can be built '
+                                  f'from these sizes: {error}') from None
+        _load_weights(network, directory / 'model.safetensors')
+        return cls(config, network.to(device), dtype=dtype)
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    """Fill the network; CheckpointError for a truncated file, any key, shape or NaN that is off."""
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f'{path} cannot be read, it may be truncated: {error}') from None
+    own = network.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unknown:
+        raise CheckpointError(f'{path}: ' + '; '.join(
+            f'{len(names)} {what} tensors, the first is {names[0]!r}'
+            for names, what in ((missing, 'missing'), (unknown, 'unknown')) if names))
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            raise CheckpointError(f'{path}: tensor {name!r} has shape {tuple(value.shape)}, '
+                                  f'policy.yaml asks for {tuple(own[name].shape)}')
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f'{path}: tensor {name!r} holds NaN or infinite weights')
+    network.load_state_dict(weights)
+
+
+def read_config(path: Path) -> PolicyConfig:
+    """Read policy.yaml strictly; CheckpointError names the field that is wrong."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            document = yaml.safe_load(file)
+        return _parse_config(document)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise CheckpointError(f'{path}: {error}') from None
+
+
+def read_robot(mapping) -> RobotSpec:
+    """Build a RobotSpec from the `robot` section of a YAML file; ValueError names the field."""
+    check_keys(mapping, ['cameras', 'action_space'], mapping, 'robot')
+    cameras = tuple(read_dataclass(CameraSpec, camera, f'robot.cameras[{i}]')
+                    for i, camera in enumerate(mapping['cameras']))
+    space = read_dataclass(ActionSpace, mapping['action_space'], 'robot.action_space')
+    return read_dataclass(RobotSpec, {**mapping, 'cameras': cameras, 'action_space': space},
+                          'robot')
+
+
+def _parse_config(document) -> PolicyConfig:
+    required = ['format', 'robot', 'action_normalizer', 'state_normalizer', 'encoder', 'dit']
+    optional = ['prompt', 'sampler_steps', 'instantaneous', 'training']
+    check_keys(document, required, optional, 'policy.yaml')
+    if document['format'] != FORMAT:
+        raise ValueError(f'format {document["format"]!r} is not supported, this version '
+                         f'reads format {FORMAT}')
+    fields = {key: value for key, value in document.items() if key != 'format'}
+    fields['robot'] = read_robot(fields['robot'])
+    for key, cls in (('action_normalizer', Normalizer), ('state_normalizer', Normalizer),
+                     ('encoder', EncoderConfig), ('dit', DiTConfig)):
+        if fields[key] is not None or key != 'state_normalizer':
+            fields[key] = read_dataclass(cls, fields[key], key)
+    return read_dataclass(PolicyConfig, fields, 'policy.yaml')

@@ -1,0 +1,1 @@
+"""The ROS edge: it decides when, the core decides what."""

@@ -1,0 +1,125 @@
+"""rosbag2 in and out, without a ROS installation (PyPI `rosbags`).
+
+Bags are read and written as ROS 2 Jazzy; messages are the dataclasses of `TYPES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from rosbags.interfaces import (
+    Qos,
+    QosDurability,
+    QosHistory,
+    QosLiveliness,
+    QosReliability,
+    QosTime,
+)
+from rosbags.rosbag2 import (
+    CompressionFormat,
+    CompressionMode,
+    Reader,
+    StoragePlugin,
+    Writer,
+    WriterError,
+)
+from rosbags.typesys import Stores, get_typestore
+
+TYPES = get_typestore(Stores.ROS2_JAZZY)
+LATCHED_TOPICS = ('instruction',)
+_FOREVER = QosTime(9223372036, 854775807)
+_LATCHED = Qos(QosHistory.KEEP_LAST, 1, QosReliability.RELIABLE, QosDurability.TRANSIENT_LOCAL,
+               _FOREVER, _FOREVER, QosLiveliness.AUTOMATIC, _FOREVER, False)
+
+
+def absolute_topic(topic: str) -> str:
+    """Return the topic as `ros2 bag` stores it: resolved in the namespace /."""
+    return '/' + topic.lstrip('/')
+
+
+class BagWriter:
+    """Writes a new rosbag2 directory, mcap with zstd; use it in a `with` statement.
+
+    Topics are stored with a leading slash; those in `latched` are offered as reliable and
+    transient local. ValueError if the path exists. On an error the bag is still closed, so what
+    was written stays readable.
+    """
+
+    def __init__(self, path: Path | str, latched: Collection[str] = LATCHED_TOPICS):
+        self._path = Path(path)
+        self._latched = {absolute_topic(topic) for topic in latched}
+        self._connections = {}
+        try:
+            self._writer = Writer(self._path, version=9, storage_plugin=StoragePlugin.MCAP)
+        except WriterError:
+            raise ValueError(f'{path} exists already, choose a new path for the bag') from None
+        self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
+
+    def __enter__(self) -> BagWriter:
+        try:
+            self._writer.open()
+        except (OSError, WriterError) as error:
+            raise ValueError(f'cannot write a bag at {self._path}: {error}') from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._writer.close()
+
+    def write(self, topic: str, message, stamp_ns: int) -> None:
+        """Append a message of `TYPES`, received at `stamp_ns`."""
+        kind = message.__msgtype__
+        self.write_raw(topic, kind, TYPES.serialize_cdr(message, kind), stamp_ns)
+
+    def write_raw(self, topic: str, type_name: str, cdr_bytes: bytes | memoryview,
+                  stamp_ns: int) -> None:
+        """Append a serialised message; `type_name` as in 'std_msgs/msg/String'.
+
+        ValueError for a type that ROS 2 Jazzy does not know, or another type on the same topic.
+        """
+        topic = absolute_topic(topic)
+        connection = self._connections.get(topic)
+        if connection is None:
+            connection = self._connections[topic] = self._connect(topic, type_name)
+        if connection.msgtype != type_name:
+            raise ValueError(f'{topic} holds {connection.msgtype}, not {type_name}')
+        self._writer.write(connection, stamp_ns, cdr_bytes)
+
+    def _connect(self, topic: str, type_name: str):
+        if type_name not in TYPES.types:
+            raise ValueError(f'{topic}: unknown message type {type_name!r}')
+        qos = [_LATCHED] if topic in self._latched else []
+        return self._writer.add_connection(topic, type_name, typestore=TYPES,
+                                           offered_qos_profiles=qos)
+
+
+def read_messages(path: Path | str, topics: Collection[str] | None = None,
+                  ) -> Iterator[tuple[str, int, object]]:
+    """Yield (topic, stamp_ns, message) of a rosbag2 (db3 or mcap) in time order.
+
+    Messages of one stamp come in the order in which they were written. Memory stays constant.
+    topics: only these, with or without the leading slash; None reads all whose type ROS 2 Jazzy
+    knows. ValueError if there is no bag at `path`, if it is not one, or if it is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f'there is no bag at {path}')
+    if path.is_dir() and not (path / 'metadata.yaml').exists():
+        raise ValueError(f'{path} is not a rosbag2: it has no metadata.yaml')
+    wanted = None if topics is None else {absolute_topic(topic) for topic in topics}
+    try:
+        with Reader(path) as reader:
+            connections = [c for c in reader.connections
+                           if (c.msgtype in TYPES.types if wanted is None
+                               else absolute_topic(c.topic) in wanted)]
+            unknown = [c for c in connections if c.msgtype not in TYPES.types]
+            if unknown:
+                raise ValueError(f'{unknown[0].topic} has the unknown type '
+                                 f'{unknown[0].msgtype!r}')
+            if not connections:
+                return
+            for connection, stamp_ns, data in reader.messages(connections):
+                message = TYPES.deserialize_cdr(data, connection.msgtype)
+                yield connection.topic, stamp_ns, message
+    except Exception as error:   # damage shows as errors of rosbags, zstd, struct or sqlite
+        raise ValueError(f'{path} cannot be read as a rosbag2: {error}') from error

@@ -1,0 +1,216 @@
+"""From streams of messages to one complete Observation, or the reason why there is none.
+
+Every stream (a camera, the joint states, the instruction) keeps its newest messages. `observe`
+picks the newest pictures that belong together and the joint state nearest to them. Anything
+absent, stale, malformed or out of order yields no observation: NoObservation names the stream
+and the reason, and the next good message recovers. Live node, bag replay and training share
+this file; only the source of the messages and of `now_ns` differs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from meanflow_ros.core.contract import (
+    NANOSECONDS, Observation, RobotSpec, clean_instruction)
+from meanflow_ros.ros import from_messages
+
+CAMERA_BUFFER = 8
+STATE_BUFFER = 256
+
+
+class NoObservation(Exception):
+    """There is no complete observation now; `stream` and the message say why."""
+
+    def __init__(self, stream: str, reason: str):
+        super().__init__(f'{stream}: {reason}')
+        self.stream = stream
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestLimits:
+    """When an input counts as missing, seconds.
+
+    max_age_s: oldest picture or joint state that may be used. max_skew_s: largest difference
+    of the stamps within one observation. future_s: how far ahead of the clock a stamp may be.
+    """
+
+    max_age_s: float = 0.5
+    max_skew_s: float = 0.06
+    future_s: float = 0.25
+
+    def __post_init__(self):
+        for name in ('max_age_s', 'max_skew_s', 'future_s'):
+            value = getattr(self, name)
+            if not 0 < value < 3600:
+                raise ValueError(f'{name} must be above 0 and below 3600, got {value}')
+
+
+class _Stream:
+    """The newest messages of one topic, by stamp, and what is wrong with it, if anything."""
+
+    def __init__(self, size: int):
+        self.items: deque[tuple[int, object]] = deque(maxlen=size)
+        self.fault: str | None = None
+
+    def add(self, stamp_ns: int, item: object, *, now_ns: int, future_ns: int) -> None:
+        if stamp_ns > now_ns + future_ns:
+            raise ValueError(f'stamp is {(stamp_ns - now_ns) / NANOSECONDS:.3f} s in the future')
+        if self.items and stamp_ns <= self.items[-1][0]:
+            back_s = (self.items[-1][0] - stamp_ns) / NANOSECONDS
+            raise ValueError(f'stamp goes backward by {back_s:.3f} s' if back_s
+                             else 'stamp repeats')
+        self.items.append((stamp_ns, item))
+        self.fault = None
+
+    def nearest(self, stamp_ns: int) -> tuple[int, object]:
+        return min(self.items, key=lambda entry: abs(entry[0] - stamp_ns))
+
+
+class Ingest:
+    """Buffers of every stream that a robot's policy needs. Not thread-safe: one lock outside."""
+
+    def __init__(self, robot: RobotSpec, *, limits: IngestLimits | None = None,
+                 default_instruction: str = ''):
+        self._robot = robot
+        self._limits = limits or IngestLimits()
+        self._default_instruction = default_instruction
+        self._cameras = {name: _Stream(CAMERA_BUFFER) for name in robot.camera_names}
+        self._state = _Stream(STATE_BUFFER) if robot.state_names else None
+        self._instruction: str | None = None
+        self._instruction_fault: str | None = None
+        self._now_ns: int | None = None
+
+    def reset(self) -> None:
+        """Forget every picture and joint state; the instruction stays."""
+        for stream in self._streams().values():
+            stream.items.clear()
+            stream.fault = None
+
+    def clock(self, now_ns: int) -> float | None:
+        """Note the time; on a backward jump forget all inputs and return the jump in seconds."""
+        previous, self._now_ns = self._now_ns, now_ns
+        if previous is not None and now_ns < previous:
+            self.reset()
+            return (previous - now_ns) / NANOSECONDS
+        return None
+
+    def add_image(self, camera: str, message, *, now_ns: int) -> None:
+        """Take a sensor_msgs/Image; ValueError says why it cannot be used."""
+        self._add(camera, message, now_ns, from_messages.check_image, from_messages.image)
+
+    def add_compressed_image(self, camera: str, message, *, now_ns: int) -> None:
+        """Take a sensor_msgs/CompressedImage; it is decoded when it is used."""
+        self._add(camera, message, now_ns, lambda _: None, from_messages.compressed_image)
+
+    def _add(self, camera: str, message, now_ns: int, check: Callable, decode: Callable) -> None:
+        stream = self._cameras[camera]
+        with _noting_fault(stream):
+            check(message)
+            stream.add(from_messages.time_ns(message.header.stamp), (message, decode),
+                       now_ns=now_ns, future_ns=self._future_ns())
+
+    def add_joint_state(self, message, *, now_ns: int) -> None:
+        """Take a sensor_msgs/JointState; ValueError names the joint that is missing or bad."""
+        if self._state is None:
+            return
+        with _noting_fault(self._state):
+            positions = from_messages.joint_positions(message, self._robot.state_names)
+            self._state.add(from_messages.time_ns(message.header.stamp), positions,
+                            now_ns=now_ns, future_ns=self._future_ns())
+
+    def set_instruction(self, text: str) -> str:
+        """Take an instruction and return it cleaned.
+
+        A bad one raises ValueError and, since nobody asked for the old one, stops observations.
+        """
+        try:
+            if '\ufffd' in text:
+                raise ValueError('instruction is not valid UTF-8')
+            self._instruction = clean_instruction(text)
+        except ValueError as error:
+            self._instruction_fault = str(error)
+            raise
+        self._instruction_fault = None
+        return self._instruction
+
+    def newest_stamps_ns(self) -> dict[str, int | None]:
+        """Return the newest stamp of each stream, None where nothing has come."""
+        return {name: stream.items[-1][0] if stream.items else None
+                for name, stream in self._streams().items()}
+
+    def observe(self, *, now_ns: int) -> Observation:
+        """Return the newest complete observation; NoObservation says what is missing.
+
+        The pictures are those nearest to the oldest of the cameras' newest stamps.
+        """
+        for name, stream in self._streams().items():
+            if stream.fault is not None:
+                raise NoObservation(name, stream.fault)
+            if not stream.items:
+                raise NoObservation(name, 'nothing has been received')
+        instruction = self._current_instruction()
+        newest_common = min(stream.items[-1][0] for stream in self._cameras.values())
+        chosen = {name: stream.nearest(newest_common) for name, stream in self._cameras.items()}
+        stamp_ns = min(stamp for stamp, _ in chosen.values())
+        for name, (stamp, _) in chosen.items():
+            self._require(f'camera/{name}', 'picture', stamp, stamp_ns, now_ns)
+        state = None
+        if self._state is not None:
+            state_stamp, state = self._state.nearest(stamp_ns)
+            self._require('joint_states', 'joint state', state_stamp, stamp_ns, now_ns)
+        return Observation(stamp_ns=stamp_ns, images=self._decode(chosen),
+                           instruction=instruction, state=state)
+
+    def _streams(self) -> dict[str, _Stream]:
+        cameras = {f'camera/{name}': stream for name, stream in self._cameras.items()}
+        return cameras if self._state is None else {**cameras, 'joint_states': self._state}
+
+    def _future_ns(self) -> int:
+        return round(self._limits.future_s * NANOSECONDS)
+
+    def _current_instruction(self) -> str:
+        if self._instruction_fault is not None:
+            raise NoObservation('instruction', self._instruction_fault)
+        instruction = self._instruction or self._default_instruction
+        if not instruction:
+            raise NoObservation('instruction', 'none has been received and there is no default')
+        return instruction
+
+    def _require(self, name: str, what: str, stamp: int, stamp_ns: int, now_ns: int) -> None:
+        age_s, skew_s = (now_ns - stamp) / NANOSECONDS, abs(stamp - stamp_ns) / NANOSECONDS
+        if age_s > self._limits.max_age_s:
+            raise NoObservation(name, f'newest usable {what} is {age_s:.3f} s old, '
+                                      f'at most {self._limits.max_age_s:g} s is allowed')
+        if skew_s > self._limits.max_skew_s:
+            raise NoObservation(name, f'{what} is {skew_s:.3f} s apart from the oldest picture, '
+                                      f'at most {self._limits.max_skew_s:g} s is allowed')
+
+    def _decode(self, chosen) -> dict[str, np.ndarray]:
+        images = {}
+        for name, (_, (message, decode)) in chosen.items():
+            try:
+                images[name] = decode(message)
+            except ValueError as error:
+                raise NoObservation(f'camera/{name}', str(error)) from None
+        return images
+
+
+class _noting_fault:
+    """Record a ValueError as the stream's fault and let it pass on."""
+
+    def __init__(self, stream: _Stream):
+        self._stream = stream
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, ValueError):
+            self._stream.fault = str(error)
+        return False

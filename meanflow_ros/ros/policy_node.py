@@ -1,0 +1,430 @@
+"""The lifecycle node `meanflow_policy`: pictures and an instruction in, action chunks out.
+
+Callbacks only store messages; one inference thread works on the newest complete observation, so
+no queue grows and a slow model drops pictures. Nothing is published unless the observation is
+complete, the guard has let the chunk pass, and nothing was reset while the network was running.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+import sys
+import threading
+import time
+from collections import deque
+
+import numpy as np
+import rclpy
+import torch
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from meanflow_ros.core.contract import NANOSECONDS, Observation
+from meanflow_ros.core.guard import Guard, Rejected
+from meanflow_ros.core.policy import DTYPES, Policy
+from meanflow_ros.paths import default_checkpoint
+from meanflow_ros.ros import parameters, to_messages
+from meanflow_ros.ros.ingest import Ingest, IngestLimits, NoObservation
+
+WARM_UP_RUNS = 5
+POLL_S = 0.1
+SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device; ValueError if it is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == 'auto':
+        return torch.device('cuda' if count else 'cpu')
+    device = torch.device(name)
+    if device.type == 'cuda' and (device.index or 0) >= count:
+        raise ValueError(f'device {name!r} was asked for but PyTorch sees {count} CUDA GPUs; '
+                         f'use device:=auto or device:=cpu')
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn `auto`, `float32` or `bfloat16` into a dtype; auto is bfloat16 on GPUs that have it."""
+    if name == 'auto':
+        fast = device.type == 'cuda' and torch.cuda.is_bf16_supported()
+        name = 'bfloat16' if fast else 'float32'
+    return DTYPES[name]
+
+
+class PolicyNode(LifecycleNode):
+    """See the module's first lines; topics and parameters are listed in the README."""
+
+    def __init__(self, **kwargs):
+        super().__init__('meanflow_policy', **kwargs)
+        self._inputs = threading.Condition()      # guards everything that callbacks share
+        self._active = False
+        self._generation = 0                      # grows whenever a chunk in flight becomes void
+        self._policy: Policy | None = None
+        self._thread: threading.Thread | None = None
+        self._entities = []
+        self._status = _Status()
+        self._problems = parameters.declare(
+            self, can_configure=lambda: self._policy is None)
+        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
+        wall = rclpy.clock.Clock(clock_type=rclpy.clock.ClockType.STEADY_TIME)
+        self._timer = self.create_timer(1.0, self._publish_diagnostics, clock=wall)
+        self._autostart = None
+        if parameters.read(self).autostart:
+            self._autostart = self.create_timer(0.0, self._start, clock=wall)
+        for problem in self._problems:
+            self.get_logger().error(f'parameter problem: {problem}')
+
+    def _start(self) -> None:
+        self._autostart.cancel()
+        if self.trigger_configure() == SUCCESS:
+            self.trigger_activate()
+
+    # Lifecycle
+
+    def on_configure(self, state):
+        """Load the checkpoint, warm it up and subscribe; any problem leaves it unconfigured."""
+        try:
+            if self._problems:
+                raise ValueError('; '.join(self._problems))
+            self._configure(parameters.read(self))
+        except (ValueError, OSError, RuntimeError) as error:
+            self._release()
+            self._status.reason = f'configure failed: {error}'
+            self.get_logger().error(self._status.reason)
+            return FAILURE
+        return super().on_configure(state)
+
+    def _configure(self, settings: parameters.PolicyParameters) -> None:
+        device = choose_device(settings.device)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        path = settings.checkpoint or default_checkpoint()
+        policy = Policy.load(path, device=device, dtype=choose_dtype(settings.dtype, device))
+        robot = policy.robot
+        if settings.robot and settings.robot != robot.robot:
+            raise ValueError(f'checkpoint {path} is for robot {robot.robot!r}, '
+                             f'this node is for {settings.robot!r}')
+        latencies = [self._warm_up(policy, settings) for _ in range(WARM_UP_RUNS)]
+        self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
+            max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s))
+        self._guard = Guard(robot)
+        self._status = _Status()
+        self._policy = policy
+        self._connect(settings)
+        self._thread = threading.Thread(target=self._infer_forever, args=(policy,), daemon=True,
+                                        name='inference')
+        self._thread.start()
+        self.get_logger().info(
+            f'configured: {path} for {robot.robot}, {len(robot.cameras)} cameras, chunks of '
+            f'{robot.horizon} steps of {robot.period_s * 1e3:g} ms; {device} {policy.dtype}, '
+            f'NFE {settings.sampler_steps or policy.config.sampler_steps}, warm latency '
+            f'{np.median(latencies) * 1e3:.1f} ms, memory {_memory_mib(device):.0f} MiB')
+
+    def _warm_up(self, policy: Policy, settings: parameters.PolicyParameters) -> float:
+        robot = policy.robot
+        images = {camera.name: np.zeros((camera.height, camera.width, 3), np.uint8)
+                  for camera in robot.cameras}
+        start = time.perf_counter()
+        policy.act(Observation(stamp_ns=0, images=images, instruction='warm up',
+                               state=np.zeros(len(robot.state_names))),
+                   steps=settings.sampler_steps or None)
+        return time.perf_counter() - start
+
+    def _connect(self, settings: parameters.PolicyParameters) -> None:
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        overridable = QoSOverridingOptions.with_default_policies()
+
+        def subscribe(kind, topic, callback, qos):
+            self._entities.append(self.create_subscription(
+                kind, topic, callback, qos, qos_overriding_options=overridable))
+
+        subscribe(String, 'instruction', self._on_instruction, latched)
+        if self._policy.robot.state_names:
+            subscribe(JointState, 'joint_states', self._on_joint_state, qos_profile_sensor_data)
+        for name in self._policy.robot.camera_names:
+            if settings.image_transport == 'raw':
+                subscribe(Image, f'camera/{name}/image_raw',
+                          lambda message, name=name: self._on_image(name, message),
+                          qos_profile_sensor_data)
+            else:
+                subscribe(CompressedImage, f'camera/{name}/image_raw/compressed',
+                          lambda message, name=name: self._on_compressed_image(name, message),
+                          qos_profile_sensor_data)
+        self._chunks = self.create_lifecycle_publisher(JointTrajectory, 'action_chunk', 10)
+        self._reset_service = self.create_service(Trigger, '~/reset', self._on_reset)
+
+    def on_activate(self, state):
+        """Start publishing, from inputs that arrive from now on."""
+        with self._inputs:
+            self._ingest.reset()
+            self._status.begin()
+            self._active = True
+        self.get_logger().info('active: publishing action chunks')
+        return super().on_activate(state)
+
+    def on_deactivate(self, state):
+        """Stop at once; a chunk that is being inferred is thrown away."""
+        with self._inputs:
+            self._active = False
+            self._generation += 1
+        self.get_logger().info('inactive: no chunk is published from now on')
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state):
+        """Free the network, its memory and every subscription."""
+        self._release()
+        self.get_logger().info('cleaned up')
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state):
+        """Stop and free everything, from any state."""
+        self._release()
+        return super().on_shutdown(state)
+
+    def on_error(self, state):
+        """Free everything; the node can be configured again."""
+        self._release()
+        self.get_logger().error('an error has stopped the node; it can be configured again')
+        return SUCCESS
+
+    def _release(self) -> None:
+        with self._inputs:
+            self._active = False
+            self._generation += 1
+            self._policy = None
+            self._inputs.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self.destroy_lifecycle_publisher(self._chunks)
+            self.destroy_service(self._reset_service)
+        while self._entities:
+            self.destroy_subscription(self._entities.pop())
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # Inputs: callbacks store, and wake the inference thread
+
+    def _on_image(self, name: str, message) -> None:
+        self._store(self._ingest.add_image, name, message)
+
+    def _on_compressed_image(self, name: str, message) -> None:
+        self._store(self._ingest.add_compressed_image, name, message)
+
+    def _on_joint_state(self, message) -> None:
+        self._store(self._ingest.add_joint_state, message)
+
+    def _store(self, add, *arguments) -> None:
+        with self._inputs:
+            try:
+                add(*arguments, now_ns=self._now_ns())
+            except ValueError:
+                pass  # the ingest keeps the reason, the inference thread reports it
+            self._inputs.notify()
+
+    def _on_instruction(self, message) -> None:
+        with self._inputs:
+            try:
+                text = self._ingest.set_instruction(message.data)
+                self.get_logger().info(f'instruction: {text!r}')
+            except ValueError as error:
+                self.get_logger().error(f'{error}; no chunk until a good instruction arrives')
+            self._generation += 1
+            self._inputs.notify()
+
+    def _on_reset(self, request, response):
+        with self._inputs:
+            self._ingest.reset()
+            self._generation += 1
+        response.success, response.message = True, 'inputs and the chunk in flight are forgotten'
+        return response
+
+    def _now_ns(self) -> int:
+        """Return ROS time; a backward jump forgets all inputs and says so. Call it locked."""
+        now_ns = self.get_clock().now().nanoseconds
+        jump_s = self._ingest.clock(now_ns)
+        if jump_s is not None:
+            self._generation += 1
+            self._status.last_stamp_ns = None
+            self.get_logger().warning(f'the clock jumped back by {jump_s:.3f} s: inputs forgotten')
+        return now_ns
+
+    # Inference thread
+
+    def _infer_forever(self, policy: Policy) -> None:
+        while True:
+            with self._inputs:
+                self._inputs.wait(POLL_S)
+                if self._policy is not policy:
+                    return
+                observation = self._next_observation() if self._active else None
+                generation = self._generation
+            if observation is not None:
+                self._infer(policy, observation, generation)
+
+    def _next_observation(self) -> Observation | None:
+        """Return an observation that has not been used yet, or report why there is none."""
+        now_ns = self._now_ns()
+        try:
+            if now_ns == 0:
+                raise NoObservation('clock', 'use_sim_time is set and nothing has been received '
+                                             'on /clock')
+            observation = self._ingest.observe(now_ns=now_ns)
+        except NoObservation as reason:
+            self._report(str(reason))
+            return None
+        last_ns = self._status.last_stamp_ns
+        if last_ns is not None and observation.stamp_ns <= last_ns:
+            return None
+        self._status.last_stamp_ns = observation.stamp_ns
+        return observation
+
+    def _infer(self, policy: Policy, observation: Observation, generation: int) -> None:
+        steps = self.get_parameter('sampler_steps').value or None
+        start = time.perf_counter()
+        try:
+            chunk = policy.act(observation, steps=steps, seed=self.get_parameter('seed').value)
+        except Exception as error:  # whatever the network raises must not end the thread
+            self._report(f'inference failed: {type(error).__name__}: {error}')
+            return
+        latency_s = time.perf_counter() - start
+        with self._inputs:
+            if generation != self._generation:
+                self._status.discarded += 1
+                return
+            try:
+                safe = self._guard.check(chunk, now_ns=self._now_ns())
+            except Rejected as error:
+                self._report(f'guard: {error}')
+                return
+            self._chunks.publish(to_messages.joint_trajectory(safe))
+            recovered = self._status.published(latency_s)
+        if recovered:
+            self.get_logger().info(f'producing chunks again (was: {recovered})')
+
+    def _report(self, reason: str) -> None:
+        """Say why no chunk is produced: on the log once per kind, in /diagnostics all the time."""
+        if self._status.withheld(reason):
+            self.get_logger().warning(f'no chunk: {reason}')
+
+    # Diagnostics
+
+    def _publish_diagnostics(self) -> None:
+        with self._inputs:
+            self._diagnostics.publish(to_messages.diagnostic_array(
+                self.get_clock().now().nanoseconds, self._diagnostic_status()))
+
+    def _diagnostic_status(self) -> DiagnosticStatus:
+        state = self._state_machine.current_state[1]
+        status, policy = self._status, self._policy
+        values = {'state': state}
+        level, message = DiagnosticStatus.OK, state
+        if policy is None:
+            if status.reason or self._problems:
+                level = DiagnosticStatus.ERROR
+                message = status.reason or '; '.join(self._problems)
+        else:
+            now_ns = self.get_clock().now().nanoseconds
+            values |= {'robot': policy.robot.robot, 'dtype': str(policy.dtype),
+                       'sampler_steps': self.get_parameter('sampler_steps').value
+                       or policy.config.sampler_steps}
+            for name, stamp in self._ingest.newest_stamps_ns().items():
+                values[f'age {name}'] = ('never received' if stamp is None
+                                         else f'{(now_ns - stamp) / NANOSECONDS:.3f} s')
+            values |= status.values()
+            values |= {f'rejected {kind}': count
+                       for kind, count in self._guard.rejections.items()}
+            if self._active and status.reason:
+                level, message = DiagnosticStatus.WARN, f'no chunk: {status.reason}'
+            elif self._active:
+                message = f'publishing chunks at {status.rate_hz():.1f} Hz'
+        return to_messages.diagnostic_status(
+            f'{self.get_fully_qualified_name()}: policy', level, message,
+            str(policy.device) if policy else '', values)
+
+
+class _Status:
+    """What diagnostics tell: counts, latencies, and the reason when no chunk is produced."""
+
+    def __init__(self):
+        self.reason: str | None = None
+        self.last_stamp_ns: int | None = None
+        self.discarded = 0
+        self.chunks = 0
+        self._latencies_s = deque(maxlen=1000)
+        self._published_at = deque(maxlen=100)
+
+    def begin(self) -> None:
+        """Forget what was before this activation."""
+        self.reason, self.last_stamp_ns = None, None
+        self._published_at.clear()
+
+    def withheld(self, reason: str) -> bool:
+        """Note a reason; True if it is of another kind than the last (numbers do not count)."""
+        previous, self.reason = self.reason, reason
+        return previous is None or _without_numbers(previous) != _without_numbers(reason)
+
+    def published(self, latency_s: float) -> str | None:
+        """Count a chunk; return the reason that held chunks back before, if any."""
+        self.chunks += 1
+        self._latencies_s.append(latency_s)
+        self._published_at.append(time.monotonic())
+        reason, self.reason = self.reason, None
+        return reason
+
+    def rate_hz(self) -> float:
+        """Return the chunks per second of the last 5 s, by the wall clock."""
+        since = time.monotonic() - 5.0
+        return sum(at > since for at in self._published_at) / 5.0
+
+    def values(self) -> dict[str, object]:
+        """Return what diagnostics show."""
+        values = {'rate_hz': f'{self.rate_hz():.1f}', 'chunks': self.chunks,
+                  'discarded': self.discarded}
+        if self._latencies_s:
+            p50, p99 = np.percentile(self._latencies_s, [50, 99]) * 1e3
+            values |= {'latency_p50_ms': f'{p50:.2f}', 'latency_p99_ms': f'{p99:.2f}'}
+        return values
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r'[\d.]+', '#', text)
+
+
+def _memory_mib(device: torch.device) -> float:
+    """Return the memory that this process holds where the network runs, MiB."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main(argv=None) -> int:
+    """Run the node until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rclpy.init(args=argv, signal_handler_options=rclpy.signals.SignalHandlerOptions.NO)
+    node = PolicyNode()
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        executor.spin()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        node._release()
+        executor.shutdown()
+        node.destroy_node()
+        rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
