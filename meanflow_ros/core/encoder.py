@@ -138,7 +138,7 @@ class FlorenceEncoder(nn.Module):
                 mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Encode pixels (B, C, 3, S, S) in 0 .. 255 and token ids (B, L) with their mask (B, L).
 
-        Returns the context (B, C * tokens + 1 + L, D) and its mask (B, same), True = real, or None.
+        Returns context (B, C * tokens + 1 + L, D) and its mask (B, same), True = real; or None.
         """
         batch, cameras = pixels.shape[:2]
         pictures = ((pixels - self.mean) / self.std).flatten(0, 1)

@@ -68,7 +68,7 @@ def adaptive_weight(error: Tensor, eps: float = 0.01, power: float = 1.0) -> Ten
 
 
 def squared_error(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mean squared error of each sample (B,) over the steps that `mask` (B, T) keeps."""
+    """Return each sample's mean squared error (B,) over the steps that `mask` (B, T) keeps."""
     error = ((prediction - target) ** 2).mean(-1)                  # (B, T)
     if mask is None:
         return error.mean(-1)

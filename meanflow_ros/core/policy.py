@@ -212,7 +212,7 @@ class Policy:
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:
-    """Fill the network; CheckpointError for a truncated file, any key, shape or NaN that is off."""
+    """Fill the network; CheckpointError for a truncated file, a wrong key or shape, or NaN."""
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:

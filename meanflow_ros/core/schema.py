@@ -49,7 +49,7 @@ def read_dataclass(cls, mapping, path: str):
 
 
 def _fits(value, annotation: str) -> bool:
-    """Whether a YAML value can be the annotated type; unknown annotations are left to the class."""
+    """Whether a YAML value fits the annotated type; unknown annotations are left to the class."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation == 'int':
         return isinstance(value, int) and not isinstance(value, bool)

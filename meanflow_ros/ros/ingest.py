@@ -24,12 +24,16 @@ STATE_BUFFER = 256
 
 
 class NoObservation(Exception):
-    """There is no complete observation now; `stream` and the message say why."""
+    """There is no complete observation now; `stream` and the message say why.
 
-    def __init__(self, stream: str, reason: str):
+    waiting: nothing is wrong yet, the first message of the stream has not come.
+    """
+
+    def __init__(self, stream: str, reason: str, *, waiting: bool = False):
         super().__init__(f'{stream}: {reason}')
         self.stream = stream
         self.reason = reason
+        self.waiting = waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +157,7 @@ class Ingest:
             if stream.fault is not None:
                 raise NoObservation(name, stream.fault)
             if not stream.items:
-                raise NoObservation(name, 'nothing has been received')
+                raise NoObservation(name, 'nothing has been received', waiting=True)
         instruction = self._current_instruction()
         newest_common = min(stream.items[-1][0] for stream in self._cameras.values())
         chosen = {name: stream.nearest(newest_common) for name, stream in self._cameras.items()}
@@ -179,7 +183,8 @@ class Ingest:
             raise NoObservation('instruction', self._instruction_fault)
         instruction = self._instruction or self._default_instruction
         if not instruction:
-            raise NoObservation('instruction', 'none has been received and there is no default')
+            raise NoObservation('instruction', 'none has been received and there is no default',
+                                waiting=True)
         return instruction
 
     def _require(self, name: str, what: str, stamp: int, stamp_ns: int, now_ns: int) -> None:

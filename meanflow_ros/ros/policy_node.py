@@ -37,6 +37,7 @@ from meanflow_ros.ros.ingest import Ingest, IngestLimits, NoObservation
 
 WARM_UP_RUNS = 5
 POLL_S = 0.1
+FIRST_INPUT_S = 2.0  # silence about inputs that have not come yet
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
@@ -65,7 +66,7 @@ class PolicyNode(LifecycleNode):
 
     def __init__(self, **kwargs):
         super().__init__('meanflow_policy', **kwargs)
-        self._inputs = threading.Condition()      # guards everything that callbacks share
+        self._inputs = threading.Condition()      # an RLock: guards what callbacks share
         self._active = False
         self._generation = 0                      # grows whenever a chunk in flight becomes void
         self._policy: Policy | None = None
@@ -245,7 +246,10 @@ class PolicyNode(LifecycleNode):
         with self._inputs:
             self._ingest.reset()
             self._generation += 1
-        response.success, response.message = True, 'inputs and the chunk in flight are forgotten'
+            self._publish_diagnostics()
+            self._status.begin()
+        response.success = True
+        response.message = 'inputs, the chunk in flight and the statistics are forgotten'
         return response
 
     def _now_ns(self) -> int:
@@ -277,10 +281,10 @@ class PolicyNode(LifecycleNode):
         try:
             if now_ns == 0:
                 raise NoObservation('clock', 'use_sim_time is set and nothing has been received '
-                                             'on /clock')
+                                             'on /clock', waiting=True)
             observation = self._ingest.observe(now_ns=now_ns)
         except NoObservation as reason:
-            self._report(str(reason))
+            self._report(str(reason), patience_s=FIRST_INPUT_S if reason.waiting else 0.0)
             return None
         last_ns = self._status.last_stamp_ns
         if last_ns is not None and observation.stamp_ns <= last_ns:
@@ -311,9 +315,12 @@ class PolicyNode(LifecycleNode):
         if recovered:
             self.get_logger().info(f'producing chunks again (was: {recovered})')
 
-    def _report(self, reason: str) -> None:
-        """Say why no chunk is produced: on the log once per kind, in /diagnostics all the time."""
-        if self._status.withheld(reason):
+    def _report(self, reason: str, *, patience_s: float = 0.0) -> None:
+        """Say why no chunk is produced: on the log once per kind, in /diagnostics all the time.
+
+        patience_s: how long the reason must last before it is logged.
+        """
+        if self._status.withheld(reason, patience_s):
             self.get_logger().warning(f'no chunk: {reason}')
 
     # Diagnostics
@@ -357,6 +364,8 @@ class _Status:
 
     def __init__(self):
         self.reason: str | None = None
+        self._reason_since_s = 0.0
+        self._reason_logged = False
         self.last_stamp_ns: int | None = None
         self.discarded = 0
         self.chunks = 0
@@ -364,22 +373,29 @@ class _Status:
         self._published_at = deque(maxlen=100)
 
     def begin(self) -> None:
-        """Forget what was before this activation."""
+        """Begin new statistics."""
         self.reason, self.last_stamp_ns = None, None
+        self.chunks = self.discarded = 0
         self._published_at.clear()
+        self._latencies_s.clear()
 
-    def withheld(self, reason: str) -> bool:
-        """Note a reason; True if it is of another kind than the last (numbers do not count)."""
-        previous, self.reason = self.reason, reason
-        return previous is None or _without_numbers(previous) != _without_numbers(reason)
+    def withheld(self, reason: str, patience_s: float) -> bool:
+        """Note a reason; True when it is to be logged: once per kind (numbers do not count)."""
+        if self.reason is None or _without_numbers(self.reason) != _without_numbers(reason):
+            self._reason_since_s, self._reason_logged = time.monotonic(), False
+        self.reason = reason
+        if self._reason_logged or time.monotonic() - self._reason_since_s < patience_s:
+            return False
+        self._reason_logged = True
+        return True
 
     def published(self, latency_s: float) -> str | None:
-        """Count a chunk; return the reason that held chunks back before, if any."""
+        """Count a chunk; return the logged reason that held chunks back before, if any."""
         self.chunks += 1
         self._latencies_s.append(latency_s)
         self._published_at.append(time.monotonic())
         reason, self.reason = self.reason, None
-        return reason
+        return reason if self._reason_logged else None
 
     def rate_hz(self) -> float:
         """Return the chunks per second of the last 5 s, by the wall clock."""

@@ -156,6 +156,19 @@ def _camera_axes(eye, target) -> np.ndarray:
     return np.stack([right, np.cross(backward, right), backward], axis=1)
 
 
+def project(points_xyz: np.ndarray, *, width: int, height: int) -> np.ndarray:
+    """Return where points (N, 3) in m appear in a static picture: (N, 2) pixels x, y.
+
+    Pixel (0, 0) is the centre of the upper left one; a point behind the camera gives nan.
+    """
+    relative = np.asarray(points_xyz, np.float64) - _STATIC_VIEW[0]
+    right, up, backward = (relative @ _camera_axes(*_STATIC_VIEW)).T
+    depth = np.where(backward < 0, -backward, np.nan)
+    focal = height / 2 / np.tan(np.radians(_STATIC_FOVY_DEG) / 2)
+    return np.stack([width / 2 - 0.5 + focal * right / depth,
+                     height / 2 - 0.5 - focal * up / depth], axis=1)
+
+
 class _Scene:
     """One task's environment with its renderer; built once, reset to the same bits each time."""
 
@@ -288,19 +301,6 @@ class MetaWorldRobot:
             warnings.simplefilter('ignore')
             action = np.asarray(self._expert.get_action(self._sensed), np.float64)
         return np.clip(action, -1.0, 1.0) / _TO_PHYSICS
-
-    def project(self, points_xyz: np.ndarray) -> np.ndarray:
-        """Return where points (N, 3) in m appear in the static picture: (N, 2) pixels x, y.
-
-        Pixel (0, 0) is the centre of the upper left one; a point behind the camera gives nan.
-        """
-        width, height = self._size
-        relative = np.asarray(points_xyz, np.float64) - _STATIC_VIEW[0]
-        right, up, backward = (relative @ _camera_axes(*_STATIC_VIEW)).T
-        depth = np.where(backward < 0, -backward, np.nan)
-        focal = height / 2 / np.tan(np.radians(_STATIC_FOVY_DEG) / 2)
-        return np.stack([width / 2 - 0.5 + focal * right / depth,
-                         height / 2 - 0.5 - focal * up / depth], axis=1)
 
     def close(self) -> None:
         """Free the renderers; the robot needs a reset before it can be used again."""

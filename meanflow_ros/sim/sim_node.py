@@ -8,6 +8,7 @@ picture for the chunk that answers it.
 from __future__ import annotations
 
 import array
+import dataclasses
 import signal
 import sys
 import threading
@@ -76,6 +77,8 @@ _PARAMETERS = (
      (0.01, 3600.0)),
     ('real_time_factor', 1.0, 'Simulated seconds in one second; not used in lockstep.',
      (0.01, 100.0)),
+    ('auto_reset', False, 'Run episode after episode, each with the next seed, once somebody '
+     'watches the cameras.', None),
     ('max_steps', MAX_STEPS, 'Control steps (1/40 s) after which an episode has failed.',
      (1, 100_000)),
 )
@@ -96,6 +99,7 @@ class SimParameters:
     lockstep: bool
     chunk_timeout_s: float
     real_time_factor: float
+    auto_reset: bool
     max_steps: int
 
     def __post_init__(self):
@@ -149,7 +153,7 @@ class SimNode(Node):
 
         reliable = QoSProfile(depth=10)
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-        self._clock = self.create_publisher(Clock, '/clock', reliable)
+        self._clock_publisher = self.create_publisher(Clock, '/clock', reliable)
         self._images = {camera: self.create_publisher(Image, f'camera/{camera}/image_raw',
                                                       reliable) for camera in CAMERAS}
         self._joints = self.create_publisher(JointState, 'joint_states', reliable)
@@ -173,11 +177,21 @@ class SimNode(Node):
         while not self._stopped:
             with self._inbox:
                 settings, self._reset = self._reset, None
+            settings = settings or self._next_by_itself()
             if settings is not None:
                 self._run_episode(settings)
             else:
                 self._publish_clock()
                 self._advance(self.get_parameter('real_time_factor').value)
+
+    def _next_by_itself(self) -> SimParameters | None:
+        """Return the next episode if `auto_reset` is on and a camera has a subscriber."""
+        if not self.get_parameter('auto_reset').value:
+            return None
+        if not any(camera.get_subscription_count() for camera in self._images.values()):
+            return None
+        settings = self.settings()
+        return dataclasses.replace(settings, seed=settings.seed + self._episode)
 
     def _on_chunk(self, message: JointTrajectory) -> None:
         try:
@@ -309,7 +323,7 @@ class SimNode(Node):
         self._wall_s = now_s
 
     def _publish_clock(self) -> None:
-        self._clock.publish(Clock(clock=to_messages.time(self._now_ns)))
+        self._clock_publisher.publish(Clock(clock=to_messages.time(self._now_ns)))
 
     def _publish_episode(self, task: str, message: str, values: dict) -> None:
         self._episodes.publish(to_messages.diagnostic_status(
