@@ -10,7 +10,7 @@ PACKAGE = 'meanflow_ros'
 
 
 def share_directory() -> Path:
-    """Return the folder that holds config/, launch/ and checkpoints/.
+    """Return the folder that holds config/, launch/ and resource/.
 
     FileNotFoundError names the places that were searched.
     """

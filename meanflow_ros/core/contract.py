@@ -8,7 +8,7 @@ and made read-only. Time is ROS time in nanoseconds; step i of a chunk is due at
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 
 import numpy as np
 
@@ -61,9 +61,9 @@ class ActionSpace:
                                  f'{size} finite numbers, got {values}')
             object.__setattr__(self, bound, values)
         for name, low, high in zip(self.dimensions, self.lower, self.upper):
-            if not low < high:
-                raise ValueError(f'limits of {name!r} must have lower < upper, '
-                                 f'got [{low}, {high}]')
+            if not 0 < float(high) - float(low) < np.inf:
+                raise ValueError(f'limits of {name!r} must have lower < upper and a finite '
+                                 f'range, got [{low}, {high}]')
 
     @property
     def size(self) -> int:
@@ -213,13 +213,14 @@ _GUARD_SEAL = object()
 class SafeChunk:
     """The steps of a chunk that the guard has let pass; only this becomes a command.
 
-    Only `core/guard.py` may make one: any other caller gets a TypeError.
+    Only `core/guard.py` may make one: any other caller gets a TypeError. The seal is not kept, so
+    an existing SafeChunk does not help to make another.
     """
 
     timed: TimedActions
     space: ActionSpace
-    seal: object = field(repr=False, compare=False)
+    seal: InitVar[object] = None
 
-    def __post_init__(self):
-        if self.seal is not _GUARD_SEAL:
+    def __post_init__(self, seal):
+        if seal is not _GUARD_SEAL:
             raise TypeError('only the guard makes a SafeChunk')

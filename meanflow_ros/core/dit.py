@@ -45,6 +45,14 @@ class DiTConfig:
     rope_theta: float = 32.0
 
     def __post_init__(self):
+        for name in ('depth', 'heads', 'adaln_rank'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}')
+        for name in ('max_frequency', 'rope_theta'):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f'{name} must be finite and above 0, got {getattr(self, name)}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout must be in [0, 1), got {self.dropout}')
         if self.width < 1 or self.width % self.heads or self.width // self.heads % 2:
             raise ValueError(f'width must be a multiple of 2 * heads, '
                              f'got width {self.width} and heads {self.heads}')

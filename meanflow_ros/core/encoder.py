@@ -45,6 +45,9 @@ class EncoderConfig:
             raise ValueError(f'image_size must be 16 to 1024 pixels, got {self.image_size}')
         if not 0 <= self.token_dropout < 1:
             raise ValueError(f'token_dropout must be in [0, 1), got {self.token_dropout}')
+        if self.max_prompt_tokens < 1:
+            raise ValueError(f'max_prompt_tokens must be at least 1, '
+                             f'got {self.max_prompt_tokens}')
 
 
 def encoder_preset(name: str, vocab_size: int | None = None) -> EncoderConfig:

@@ -99,8 +99,10 @@ def sample(u: Velocity, e: Tensor, *, steps: int, instantaneous: bool = False) -
     """Go from noise e to a chunk in [-1, 1] in `steps` network evaluations (NFE).
 
     z <- z - u(z, t, 1/N) / N at t = N/N .. 1/N; one step is e - u(e, 1, 1). `instantaneous`
-    gives the network h = 0: the Euler steps of a rectified flow.
+    gives the network h = 0: the Euler steps of a rectified flow. ValueError for steps below 1.
     """
+    if steps < 1:
+        raise ValueError(f'steps must be at least 1, got {steps}')
     z = e
     for i in range(steps, 0, -1):
         t = torch.full((len(e),), i / steps, device=e.device)

@@ -7,6 +7,7 @@ and `tokenizer.json`. Nothing is unpickled and no code is loaded.
 from __future__ import annotations
 
 import contextlib
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,10 +74,20 @@ class PolicyConfig:
         if outside.any():
             name = space.dimensions[int(np.argmax(outside))]
             raise ValueError(f'action_normalizer of {name!r} reaches outside its limits')
-        if '{instruction}' not in self.prompt:
-            raise ValueError(f'prompt must contain {{instruction}}, got {self.prompt!r}')
+        if _template_fields(self.prompt) != {'instruction'}:
+            raise ValueError(f'prompt must contain {{instruction}} and no other field, '
+                             f'got {self.prompt!r}')
         if not 1 <= self.sampler_steps <= MAX_STEPS:
             raise ValueError(f'sampler_steps must be 1 to {MAX_STEPS}, got {self.sampler_steps}')
+
+
+def _template_fields(template: str) -> set[str]:
+    """Return the names in braces; ValueError for unbalanced braces."""
+    try:
+        return {name + spec for _, name, spec, _ in string.Formatter().parse(template)
+                if name is not None}
+    except ValueError as error:
+        raise ValueError(f'prompt {template!r} is not a template: {error}') from None
 
 
 class PolicyNetwork(nn.Module):
@@ -204,7 +215,7 @@ class Policy:
             raise CheckpointError(f'{directory / "tokenizer.json"}: {error}') from None
         try:
             network = PolicyNetwork(config, tokenizer)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        except Exception as error:  # bad sizes raise errors of many kinds, transformers' own too
             raise CheckpointError(f'{directory / "policy.yaml"}: no network can be built '
                                   f'from these sizes: {error}') from None
         _load_weights(network, directory / 'model.safetensors')
@@ -238,13 +249,15 @@ def read_config(path: Path) -> PolicyConfig:
         with open(path, encoding='utf-8') as file:
             document = yaml.safe_load(file)
         return _parse_config(document)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(f'{path}: {error}') from None
 
 
 def read_robot(mapping) -> RobotSpec:
     """Build a RobotSpec from the `robot` section of a YAML file; ValueError names the field."""
     check_keys(mapping, ['cameras', 'action_space'], mapping, 'robot')
+    if not isinstance(mapping['cameras'], (list, tuple)):
+        raise ValueError(f'robot.cameras must be a list, got {mapping["cameras"]!r}')
     cameras = tuple(read_dataclass(CameraSpec, camera, f'robot.cameras[{i}]')
                     for i, camera in enumerate(mapping['cameras']))
     space = read_dataclass(ActionSpace, mapping['action_space'], 'robot.action_space')

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from meanflow_ros.evaluation.episodes import EpisodeResult
 from meanflow_ros.evaluation.evaluate import instruction_of
 from meanflow_ros.evaluation.recording import RunRecorder, write_plot, write_strip, write_video
-from meanflow_ros.evaluation.system import EpisodeResult, System, SystemFault
+from meanflow_ros.evaluation.system import System, SystemFault
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros.bag import BagWriter
 from meanflow_ros.sim.metaworld_robot import EVALUATION_SEED_START, TASKS

@@ -10,13 +10,14 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from meanflow_ros.evaluation.system import EpisodeResult, System, SystemFault
+from meanflow_ros.core.policy import Policy
+from meanflow_ros.evaluation.episodes import EpisodeResult, print_summary, summarize
 from meanflow_ros.paths import default_checkpoint
-from meanflow_ros.sim.metaworld_robot import EVALUATION_SEED_START, TASKS
+from meanflow_ros.sim.metaworld_robot import (
+    EVALUATION_SEED_START, PERIOD_S, TASKS, MetaWorldRobot)
 
 OPPOSITE = {'faucet-open': 'faucet-close', 'faucet-close': 'faucet-open',
             'drawer-open': 'drawer-close', 'drawer-close': 'drawer-open',
@@ -28,59 +29,50 @@ def instruction_of(task: str) -> str:
     return TASKS[task][1]
 
 
-def success_interval(successes: int, total: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a success rate (Wilson 1927)."""
-    z, share = 1.96, successes / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total ** 2)) / (
-        1 + z * z / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def summarize(results: list[EpisodeResult]) -> dict[str, dict[str, float]]:
-    """Return per task the success rate, its interval, median steps and network latency."""
-    summary = {}
-    for task in dict.fromkeys(result.task for result in results):
-        own = [result for result in results if result.task == task]
-        successes = sum(result.success for result in own)
-        low, high = success_interval(successes, len(own))
-        summary[task] = {
-            'episodes': len(own), 'successes': successes, 'rate': successes / len(own),
-            'low': low, 'high': high, 'steps': float(np.median([r.steps for r in own])),
-            'latency_p50_ms': float(np.median([r.latency_p50_ms for r in own]))}
-    return summary
-
-
-def print_summary(summary: dict[str, dict[str, float]]) -> None:
-    """Print a table of what `summarize` returned."""
-    print(f'{"task":22} {"success":>9} {"rate":>6}  {"95 % interval":15} {"steps":>6} '
-          f'{"p50 ms":>7}')
-    for task, row in summary.items():
-        print(f'{task:22} {row["successes"]:>4}/{row["episodes"]:<4} {row["rate"]:6.1%}  '
-              f'{row["low"]:6.1%} - {row["high"]:6.1%} {row["steps"]:6.0f} '
-              f'{row["latency_p50_ms"]:7.1f}')
-
-
-def evaluate_sim(arguments: argparse.Namespace) -> int:
-    """Run episodes on unseen seeds through the node; print a table and write JSON."""
-    results: list[EpisodeResult] = []
-    checkpoint = arguments.checkpoint or default_checkpoint()
-    told = OPPOSITE if arguments.swap_instructions else {}
+def _through_the_node(arguments: argparse.Namespace, checkpoint: Path, jobs):
+    """Yield the result of each job: the node and the robot are processes of their own."""
+    from meanflow_ros.evaluation.system import System
     policy = {'checkpoint': checkpoint, 'device': arguments.device,
               'sampler_steps': arguments.sampler_steps, 'seed': arguments.seed}
     logs = Path(tempfile.mkdtemp(prefix='evaluate-'))
-    jobs = [(task, EVALUATION_SEED_START + number) for number in range(arguments.episodes)
-            for task in arguments.tasks]
     with System(logs, policy=policy, sim={'camera_period_s': arguments.camera_period}) as system:
-        progress = tqdm(jobs, 'episodes', file=sys.stderr)
-        for task, seed in progress:
-            results.append(system.run_episode(task, seed, instruction_of(told.get(task, task))))
+        for job in jobs:
+            yield system.run_episode(*job)
+
+
+def _in_this_process(arguments: argparse.Namespace, checkpoint: Path, jobs):
+    """Yield the result of each job without ROS: the same policy, guard and timeline."""
+    from meanflow_ros.evaluation.closed_loop import run_episode
+    if arguments.device == 'auto':
+        arguments.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    policy = Policy.load(checkpoint, device=arguments.device)
+    robot = MetaWorldRobot()
+    for job in jobs:
+        yield run_episode(policy, robot, *job, sampler_steps=arguments.sampler_steps or None,
+                          noise_seed=arguments.seed,
+                          camera_every=max(1, round(arguments.camera_period / PERIOD_S)))
+    robot.close()
+
+
+def evaluate_sim(arguments: argparse.Namespace) -> int:
+    """Run episodes on unseen seeds; print a table and write JSON."""
+    results: list[EpisodeResult] = []
+    checkpoint = arguments.checkpoint or default_checkpoint()
+    told = OPPOSITE if arguments.swap_instructions else {}
+    jobs = [(task, EVALUATION_SEED_START + number, instruction_of(told.get(task, task)))
+            for number in range(arguments.episodes) for task in arguments.tasks]
+    run = _in_this_process if arguments.in_process else _through_the_node
+    with tqdm(total=len(jobs), desc='episodes', file=sys.stderr) as progress:
+        for result in run(arguments, checkpoint, jobs):
+            results.append(result)
+            progress.update()
             progress.set_postfix_str(f'{sum(r.success for r in results)}/{len(results)} succeeded')
     summary = summarize(results)
     print_summary(summary)
     if arguments.out:
         document = {
-            'checkpoint': str(checkpoint), 'sampler_steps': arguments.sampler_steps,
+            'checkpoint': str(checkpoint), 'in_process': arguments.in_process,
+            'sampler_steps': arguments.sampler_steps, 'camera_period_s': arguments.camera_period,
             'swap_instructions': arguments.swap_instructions, 'machine': platform.processor(),
             'torch': torch.__version__, 'summary': summary,
             'episodes': [asdict(result) for result in results]}
@@ -111,6 +103,8 @@ def _parse(argv) -> argparse.Namespace:
     sim.add_argument('--seed', type=int, default=0, help='seed of the sampler noise (default 0)')
     sim.add_argument('--swap-instructions', action='store_true',
                      help='tell the opposite of each task, to see that the words matter')
+    sim.add_argument('--in-process', action='store_true',
+                     help='without ROS: the same policy, guard and timeline in one process')
     sim.add_argument('--out', type=Path, help='JSON file for every episode and the summary')
     arguments = parser.parse_args(argv)
     if arguments.episodes < 1:
@@ -128,7 +122,7 @@ def main(argv=None) -> int:
     arguments = _parse(argv)
     try:
         return evaluate_sim(arguments)
-    except (SystemFault, OSError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f'evaluate: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
@@ -24,6 +23,8 @@ from rclpy.parameter_client import AsyncParameterClient
 from rclpy.signals import SignalHandlerOptions
 from std_srvs.srv import Trigger
 
+from meanflow_ros.evaluation.episodes import EpisodeResult
+
 POLICY, SIM = 'meanflow_policy', 'sim_robot'
 START_TIMEOUT_S = 120.0
 EPISODE_TIMEOUT_S = 300.0
@@ -35,26 +36,11 @@ class SystemFault(RuntimeError):
     """A process of the system died, did not start, or did not answer; the message says which."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EpisodeResult:
-    """How one episode went; latencies are those of the network in the node, milliseconds."""
-
-    task: str
-    seed: int
-    instruction: str
-    success: bool
-    steps: int
-    starved_steps: int
-    chunks: int
-    latency_p50_ms: float
-    latency_p99_ms: float
-
-
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class _Process:
+class NodeProcess:
     """A node as a child process that ends when this process does; its output goes to a file."""
 
     def __init__(self, name: str, module: str, log: Path, parameters: dict[str, object]):
@@ -94,7 +80,7 @@ class System:
 
     def __init__(self, logs: Path, *, policy: dict[str, object], sim: dict[str, object]):
         self._logs, self._policy, self._sim = logs, policy, sim
-        self._processes: list[_Process] = []
+        self._processes: list[NodeProcess] = []
         self._episode: DiagnosticStatus | None = None
         self._diagnostics: dict[str, str] = {}
 
@@ -117,8 +103,8 @@ class System:
         self._reset_sim = self.node.create_client(Trigger, f'{SIM}/reset')
         self._reset_policy = self.node.create_client(Trigger, f'{POLICY}/reset')
         self._processes = [
-            _Process(SIM, 'meanflow_ros.sim.sim_node', self._logs / 'sim.log', self._sim),
-            _Process(POLICY, 'meanflow_ros.ros.policy_node', self._logs / 'policy.log', {
+            NodeProcess(SIM, 'meanflow_ros.sim.sim_node', self._logs / 'sim.log', self._sim),
+            NodeProcess(POLICY, 'meanflow_ros.ros.policy_node', self._logs / 'policy.log', {
                 **self._policy, 'autostart': True, 'use_sim_time': True})]
         self._wait(lambda: self._diagnostics.get('state') == 'active', START_TIMEOUT_S,
                    'the policy to become active')

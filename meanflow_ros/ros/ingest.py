@@ -83,7 +83,8 @@ class Ingest:
                  default_instruction: str = ''):
         self._robot = robot
         self._limits = limits or IngestLimits()
-        self._default_instruction = default_instruction
+        self._default_instruction = (clean_instruction(default_instruction)
+                                     if default_instruction else '')
         self._cameras = {name: _Stream(CAMERA_BUFFER) for name in robot.camera_names}
         self._state = _Stream(STATE_BUFFER) if robot.state_names else None
         self._instruction: str | None = None
@@ -162,12 +163,12 @@ class Ingest:
         newest_common = min(stream.items[-1][0] for stream in self._cameras.values())
         chosen = {name: stream.nearest(newest_common) for name, stream in self._cameras.items()}
         stamp_ns = min(stamp for stamp, _ in chosen.values())
-        for name, (stamp, _) in chosen.items():
-            self._require(f'camera/{name}', 'picture', stamp, stamp_ns, now_ns)
+        stamps = {f'camera/{name}': stamp for name, (stamp, _) in chosen.items()}
         state = None
         if self._state is not None:
-            state_stamp, state = self._state.nearest(stamp_ns)
-            self._require('joint_states', 'joint state', state_stamp, stamp_ns, now_ns)
+            stamps['joint_states'], state = self._state.nearest(stamp_ns)
+        self._require_fresh(stamps, now_ns)
+        self._require_together(stamps, stamp_ns)
         return Observation(stamp_ns=stamp_ns, images=self._decode(chosen),
                            instruction=instruction, state=state)
 
@@ -187,14 +188,20 @@ class Ingest:
                                 waiting=True)
         return instruction
 
-    def _require(self, name: str, what: str, stamp: int, stamp_ns: int, now_ns: int) -> None:
-        age_s, skew_s = (now_ns - stamp) / NANOSECONDS, abs(stamp - stamp_ns) / NANOSECONDS
+    def _require_fresh(self, stamps: dict[str, int], now_ns: int) -> None:
+        name = min(stamps, key=stamps.get)
+        age_s = (now_ns - stamps[name]) / NANOSECONDS
         if age_s > self._limits.max_age_s:
-            raise NoObservation(name, f'newest usable {what} is {age_s:.3f} s old, '
+            raise NoObservation(name, f'newest usable message is {age_s:.3f} s old, '
                                       f'at most {self._limits.max_age_s:g} s is allowed')
-        if skew_s > self._limits.max_skew_s:
-            raise NoObservation(name, f'{what} is {skew_s:.3f} s apart from the oldest picture, '
-                                      f'at most {self._limits.max_skew_s:g} s is allowed')
+
+    def _require_together(self, stamps: dict[str, int], stamp_ns: int) -> None:
+        for name, stamp in stamps.items():
+            skew_s = abs(stamp - stamp_ns) / NANOSECONDS
+            if skew_s > self._limits.max_skew_s:
+                raise NoObservation(name, f'message is {skew_s:.3f} s apart from the oldest '
+                                          f'picture, at most {self._limits.max_skew_s:g} s is '
+                                          f'allowed')
 
     def _decode(self, chosen) -> dict[str, np.ndarray]:
         images = {}
