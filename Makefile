@@ -30,6 +30,10 @@ READY := .venv/.ready-$(ROS)
 COLCON := $(PY) -c 'import sys; from colcon_core.command import main; sys.exit(main())'
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-input --no-compile
 
+# The wheels are unpacked without bytecode, which takes a minute for all of it: what is imported
+# leaves its own.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Runs of several people, or of one, must not hear each other.
 export ROS_AUTOMATIC_DISCOVERY_RANGE ?= LOCALHOST
 ifndef ROS_DOMAIN_ID
@@ -65,7 +69,7 @@ test: setup
 	status=0
 	$(COLCON) test --packages-select meanflow_ros --event-handlers console_direct+ \
 	    --return-code-on-test-failure --pytest-args -ra 2>&1 | tee log/test.txt || status=$$?
-	closing=$$(grep -aE '^=+ .*[0-9]+ (passed|failed|skipped|errors?).* in ' log/test.txt | tail -n 1 | tr -d =) || true
+	closing=$$(grep -aE '^=+ .*[0-9]+ (passed|failed|skipped|errors?).* in ' log/test.txt | tail -n 1 | sed 's/^=* //; s/ =*$$//') || true
 	echo "$${closing:-no test ran}"
 	[ -n "$$closing" ] && exit $$status || exit 1
 
@@ -89,6 +93,7 @@ $(READY): setup.py Makefile
 	        install_packages "$$venv" || { echo "install the package $$venv, then try again" >&2; exit 1; }
 	    fi
 	    "$$python" -m venv $(if $(ROS_PYTHON),--system-site-packages) .venv
+	    $(PIP) --upgrade 'pip>=25'  # older ones lose their way among the versions for Python 3.10
 	fi
 	# ROS 2's own modules are compiled for the NumPy of the system.
 	printf '%s\n' $(if $(ROS_PYTHON),"$$($(PY) -c 'import numpy; print("numpy<2" if numpy.__version__ < "2" else "")')") >.venv/constraints.txt

@@ -2,5 +2,16 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 os.environ.setdefault('ROS_DOMAIN_ID', str(os.getpid() % 101 + 1))
+
+
+@pytest.fixture(scope='session')
+def micro_checkpoint(tmp_path_factory):
+    """Return the directory of a tiny checkpoint with random weights, see micro_policy.py."""
+    from micro_policy import make_policy
+    path = tmp_path_factory.mktemp('checkpoints') / 'micro'
+    make_policy().save(path)
+    return path

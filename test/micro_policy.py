@@ -17,7 +17,7 @@ JOINTS = ('a', 'b', 'c')
 DIMENSIONS = ('slide', 'swivel', 'pinch')
 LOWER = np.array([-0.37, -41.3, 0.0021])
 UPPER = np.array([0.91, 17.9, 0.0133])
-HORIZON, PERIOD_S, FIRST_STEP = 8, 0.05, 2
+HORIZON, PERIOD_S, FIRST_STEP = 8, 0.1, 2
 ROBOT = 'micro_robot'
 
 

@@ -7,7 +7,7 @@ import torch
 
 from meanflow_ros.core import meanflow
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 UGLY = (3, 4, 2)
 
@@ -27,12 +27,12 @@ def broadcast(time):
 
 
 def linear_field(z, t, h):
-    """u = 2z + 3t - 5r."""
+    """U = 2z + 3t - 5r."""
     return 2 * z + broadcast(3 * t - 5 * (t - h))
 
 
 def wavy_field(z, t, h):
-    """u = sin(2z) t^3 + z^2 exp(-0.7 r)."""
+    """U = sin(2z) t^3 + z^2 exp(-0.7 r)."""
     r = t - h
     return torch.sin(2 * z) * broadcast(t)**3 + z**2 * torch.exp(-0.7 * broadcast(r))
 
@@ -102,7 +102,7 @@ def test_r_equal_t_gives_the_weighted_flow_matching_loss():
 
 
 def test_no_gradient_flows_through_target_or_weight():
-    """u = k z: prediction k z, D = k v, target v - h k v held fixed, weight 1 / (E + 0.01)."""
+    """U = k z: prediction k z, D = k v, target v - h k v held fixed, weight 1 / (E + 0.01)."""
     x, e = tensors(*UGLY, seed=8, count=2)
     t, r = column([0.9, 0.61, 1.0]), column([0.2, 0.61, 0.0])
     k = torch.tensor(1.37, dtype=torch.float64, requires_grad=True)

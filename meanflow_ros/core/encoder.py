@@ -8,7 +8,7 @@ never remote code; the only file that imports transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -17,8 +17,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import BartConfig, Florence2Config
 from transformers.models.bart.modeling_bart import BartEncoder
+from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
 from transformers.models.florence2.modeling_florence2 import (
     Florence2MultiModalProjector, Florence2VisionBackbone)
+
+from meanflow_ros.core.schema import check_keys
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -48,6 +51,8 @@ class EncoderConfig:
         if self.max_prompt_tokens < 1:
             raise ValueError(f'max_prompt_tokens must be at least 1, '
                              f'got {self.max_prompt_tokens}')
+        for name, kind in (('vision', Florence2VisionConfig), ('text', BartConfig)):
+            check_keys(getattr(self, name), [], [f.name for f in fields(kind)], name)
 
 
 def encoder_preset(name: str, vocab_size: int | None = None) -> EncoderConfig:

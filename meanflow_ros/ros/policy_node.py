@@ -7,22 +7,21 @@ complete, the guard has let the chunk pass, and nothing was reset while the netw
 
 from __future__ import annotations
 
-import re
+import functools
 import resource
 import signal
 import sys
 import threading
 import time
-from collections import deque
 
 import numpy as np
 import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
-from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
-from rclpy.qos_overriding_options import QoSOverridingOptions
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -33,7 +32,9 @@ from meanflow_ros.core.guard import Guard, Rejected
 from meanflow_ros.core.policy import DTYPES, Policy
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
+from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
 from meanflow_ros.ros.ingest import Ingest, IngestLimits, NoObservation
+from meanflow_ros.ros.status import Status
 
 WARM_UP_RUNS = 5
 POLL_S = 0.1
@@ -71,13 +72,13 @@ class PolicyNode(LifecycleNode):
         self._generation = 0                      # grows whenever a chunk in flight becomes void
         self._policy: Policy | None = None
         self._thread: threading.Thread | None = None
-        self._entities = []
-        self._status = _Status()
+        self._sensors: list[AdaptiveSubscription] = []
+        self._status = Status()
         self._problems = parameters.declare(
             self, can_configure=lambda: self._policy is None)
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
         wall = rclpy.clock.Clock(clock_type=rclpy.clock.ClockType.STEADY_TIME)
-        self._timer = self.create_timer(1.0, self._publish_diagnostics, clock=wall)
+        self._timer = self.create_timer(1.0, self._every_second, clock=wall)
         self._autostart = None
         if parameters.read(self).autostart:
             self._autostart = self.create_timer(0.0, self._start, clock=wall)
@@ -97,7 +98,7 @@ class PolicyNode(LifecycleNode):
             if self._problems:
                 raise ValueError('; '.join(self._problems))
             self._configure(parameters.read(self))
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, ParameterException) as error:
             self._release()
             self._status.reason = f'configure failed: {error}'
             self.get_logger().error(self._status.reason)
@@ -118,7 +119,7 @@ class PolicyNode(LifecycleNode):
         self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
             max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s))
         self._guard = Guard(robot)
-        self._status = _Status()
+        self._status = Status()
         self._policy = policy
         self._connect(settings)
         self._thread = threading.Thread(target=self._infer_forever, args=(policy,), daemon=True,
@@ -142,24 +143,19 @@ class PolicyNode(LifecycleNode):
 
     def _connect(self, settings: parameters.PolicyParameters) -> None:
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-        overridable = QoSOverridingOptions.with_default_policies()
-
-        def subscribe(kind, topic, callback, qos):
-            self._entities.append(self.create_subscription(
-                kind, topic, callback, qos, qos_overriding_options=overridable))
-
-        subscribe(String, 'instruction', self._on_instruction, latched)
+        self._instruction = self.create_subscription(
+            String, 'instruction', self._on_instruction, latched)
         if self._policy.robot.state_names:
-            subscribe(JointState, 'joint_states', self._on_joint_state, qos_profile_sensor_data)
+            self._sensors.append(AdaptiveSubscription(
+                self, JointState, 'joint_states', self._on_joint_state))
+        kind, suffix, callback = {
+            'raw': (Image, '', self._on_image),
+            'compressed': (CompressedImage, '/compressed', self._on_compressed_image),
+        }[settings.image_transport]
         for name in self._policy.robot.camera_names:
-            if settings.image_transport == 'raw':
-                subscribe(Image, f'camera/{name}/image_raw',
-                          lambda message, name=name: self._on_image(name, message),
-                          qos_profile_sensor_data)
-            else:
-                subscribe(CompressedImage, f'camera/{name}/image_raw/compressed',
-                          lambda message, name=name: self._on_compressed_image(name, message),
-                          qos_profile_sensor_data)
+            self._sensors.append(AdaptiveSubscription(
+                self, kind, f'camera/{name}/image_raw{suffix}',
+                functools.partial(callback, name)))
         self._chunks = self.create_lifecycle_publisher(JointTrajectory, 'action_chunk', 10)
         self._reset_service = self.create_service(Trigger, '~/reset', self._on_reset)
 
@@ -208,8 +204,10 @@ class PolicyNode(LifecycleNode):
             self._thread = None
             self.destroy_lifecycle_publisher(self._chunks)
             self.destroy_service(self._reset_service)
-        while self._entities:
-            self.destroy_subscription(self._entities.pop())
+            self.destroy_subscription(self._instruction)
+        while self._sensors:
+            self._sensors.pop().destroy()
+        self._status = Status()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -325,6 +323,11 @@ class PolicyNode(LifecycleNode):
 
     # Diagnostics
 
+    def _every_second(self) -> None:
+        for sensor in self._sensors:
+            sensor.adapt()
+        self._publish_diagnostics()
+
     def _publish_diagnostics(self) -> None:
         with self._inputs:
             self._diagnostics.publish(to_messages.diagnostic_array(
@@ -357,63 +360,6 @@ class PolicyNode(LifecycleNode):
         return to_messages.diagnostic_status(
             f'{self.get_fully_qualified_name()}: policy', level, message,
             str(policy.device) if policy else '', values)
-
-
-class _Status:
-    """What diagnostics tell: counts, latencies, and the reason when no chunk is produced."""
-
-    def __init__(self):
-        self.reason: str | None = None
-        self._reason_since_s = 0.0
-        self._reason_logged = False
-        self.last_stamp_ns: int | None = None
-        self.discarded = 0
-        self.chunks = 0
-        self._latencies_s = deque(maxlen=1000)
-        self._published_at = deque(maxlen=100)
-
-    def begin(self) -> None:
-        """Begin new statistics."""
-        self.reason, self.last_stamp_ns = None, None
-        self.chunks = self.discarded = 0
-        self._published_at.clear()
-        self._latencies_s.clear()
-
-    def withheld(self, reason: str, patience_s: float) -> bool:
-        """Note a reason; True when it is to be logged: once per kind (numbers do not count)."""
-        if self.reason is None or _without_numbers(self.reason) != _without_numbers(reason):
-            self._reason_since_s, self._reason_logged = time.monotonic(), False
-        self.reason = reason
-        if self._reason_logged or time.monotonic() - self._reason_since_s < patience_s:
-            return False
-        self._reason_logged = True
-        return True
-
-    def published(self, latency_s: float) -> str | None:
-        """Count a chunk; return the logged reason that held chunks back before, if any."""
-        self.chunks += 1
-        self._latencies_s.append(latency_s)
-        self._published_at.append(time.monotonic())
-        reason, self.reason = self.reason, None
-        return reason if self._reason_logged else None
-
-    def rate_hz(self) -> float:
-        """Return the chunks per second of the last 5 s, by the wall clock."""
-        since = time.monotonic() - 5.0
-        return sum(at > since for at in self._published_at) / 5.0
-
-    def values(self) -> dict[str, object]:
-        """Return what diagnostics show."""
-        values = {'rate_hz': f'{self.rate_hz():.1f}', 'chunks': self.chunks,
-                  'discarded': self.discarded}
-        if self._latencies_s:
-            p50, p99 = np.percentile(self._latencies_s, [50, 99]) * 1e3
-            values |= {'latency_p50_ms': f'{p50:.2f}', 'latency_p99_ms': f'{p99:.2f}'}
-        return values
-
-
-def _without_numbers(text: str) -> str:
-    return re.sub(r'[\d.]+', '#', text)
 
 
 def _memory_mib(device: torch.device) -> float:

@@ -1,0 +1,81 @@
+"""What the README and config/policy.yaml say is what the node has."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or install its wheels')
+
+import rclpy  # noqa: E402, I001
+from rclpy.parameter import Parameter  # noqa: E402
+
+from meanflow_ros.paths import share_directory  # noqa: E402
+from meanflow_ros.ros.parameters import DECLARATIONS  # noqa: E402
+from meanflow_ros.ros.policy_node import PolicyNode  # noqa: E402
+from micro_policy import CAMERAS  # noqa: E402
+
+README = Path(__file__).parent.parent / 'README.md'
+CONFIG = share_directory() / 'config' / 'policy.yaml'
+OF_EVERY_NODE = {'/rosout', '/parameter_events', '/clock', '/meanflow_policy/transition_event'}
+
+
+def rows(marker: str) -> list[list[str]]:
+    """Return the cells of the README's table between <!-- marker --> and <!-- /marker -->."""
+    if not README.is_file():
+        pytest.skip('there is no README.md beside the tests')
+    table = re.search(f'<!-- {marker} -->(.*?)<!-- /{marker} -->', README.read_text(), re.DOTALL)
+    assert table, f'README.md has no <!-- {marker} --> ... <!-- /{marker} -->'
+    lines = [line.strip() for line in table[1].splitlines() if line.strip().startswith('| `')]
+    return [[cell.strip().strip('`') for cell in line.strip('|').split('|')] for line in lines]
+
+
+def test_the_readme_names_every_parameter_with_its_default_and_effect():
+    written = [(name, default, effect) for name, default, effect, *_ in rows('parameters')]
+    assert written == [(d.name, repr(d.default), d.takes_effect) for d in DECLARATIONS]
+
+
+def test_policy_yaml_holds_every_parameter_with_its_default():
+    document = yaml.safe_load(CONFIG.read_text())
+    assert list(document) == ['/**'] and list(document['/**']) == ['ros__parameters']
+    values = document['/**']['ros__parameters']
+    assert [(name, type(value), value) for name, value in values.items()] == [
+        (d.name, type(d.default), d.default) for d in DECLARATIONS]
+
+
+def test_policy_yaml_says_when_each_parameter_takes_effect():
+    written = re.findall(r'^    (\w+):.*# \[(\w+)\]', CONFIG.read_text(), re.MULTILINE)
+    assert written == [(d.name, d.takes_effect) for d in DECLARATIONS]
+
+
+def topics_of_the_node(checkpoint, transport: str) -> dict[str, tuple[str, str]]:
+    """Return topic -> (type, direction) of a configured node."""
+    context = rclpy.Context()
+    context.init()
+    node = PolicyNode(context=context, parameter_overrides=[
+        Parameter('checkpoint', value=str(checkpoint)),
+        Parameter('image_transport', value=transport)])
+    try:
+        assert node.trigger_configure() == rclpy.lifecycle.TransitionCallbackReturn.SUCCESS
+        found = {endpoint.topic_name: (endpoint.msg_type, direction)
+                 for direction, endpoints in (('in', node.subscriptions), ('out', node.publishers))
+                 for endpoint in endpoints if endpoint.topic_name not in OF_EVERY_NODE}
+    finally:
+        node._release()
+        node.destroy_node()
+        context.try_shutdown()
+    return {topic: (f'{kind.__module__.split(".")[0]}/{kind.__name__}', direction)
+            for topic, (kind, direction) in found.items()}
+
+
+def test_the_readme_names_every_topic_with_its_type(micro_checkpoint):
+    found = {}
+    for transport in ('raw', 'compressed'):
+        found |= topics_of_the_node(micro_checkpoint, transport)
+    written = {}
+    for name, kind, direction, *_ in rows('topics'):
+        for camera in CAMERAS:
+            topic = '/' + name.replace('<key>', camera).lstrip('/')
+            written[topic] = (kind, direction)
+    assert written == found

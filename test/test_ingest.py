@@ -1,0 +1,297 @@
+"""Streams of messages to one observation, or to the reason why there is none."""
+
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+from meanflow_ros.core.contract import ActionSpace, CameraSpec, RobotSpec
+from meanflow_ros.ros.ingest import Ingest, IngestLimits, NoObservation
+
+MS = 1_000_000
+T0 = 1_700_000_000_123_456_789
+ROBOT = RobotSpec(
+    robot='arm', state_names=('elbow', 'base'), horizon=3, period_s=0.0333,
+    cameras=tuple(CameraSpec(name=name, width=3, height=2) for name in ('front', 'wrist')),
+    action_space=ActionSpace(name='eef', dimensions=('x',), units=('m',), lower=[-0.3],
+                             upper=[0.7]))
+
+
+def header(stamp_ns):
+    return SimpleNamespace(stamp=SimpleNamespace(sec=stamp_ns // 10**9,
+                                                 nanosec=stamp_ns % 10**9))
+
+
+def picture(stamp_ns, value=7, **changes):
+    return SimpleNamespace(**{
+        'header': header(stamp_ns), 'encoding': 'rgb8', 'width': 3, 'height': 2, 'step': 9,
+        'is_bigendian': 0, 'data': bytes([value] * 18), **changes})
+
+
+def joints(stamp_ns, names=('base', 'elbow'), positions=(-0.2, 1.7)):
+    return SimpleNamespace(header=header(stamp_ns), name=list(names), position=list(positions))
+
+
+def feed(ingest, stamp_ns, *, now_ns=None, leave_out=(), value=7):
+    """Give every stream one good message of this stamp."""
+    now_ns = stamp_ns if now_ns is None else now_ns
+    for camera in ('front', 'wrist'):
+        if camera not in leave_out:
+            ingest.add_image(camera, picture(stamp_ns, value), now_ns=now_ns)
+    if 'joints' not in leave_out:
+        ingest.add_joint_state(joints(stamp_ns), now_ns=now_ns)
+    if 'instruction' not in leave_out:
+        ingest.set_instruction('open it')
+
+
+def why_not(ingest, now_ns):
+    with pytest.raises(NoObservation) as caught:
+        ingest.observe(now_ns=now_ns)
+    assert str(caught.value) == f'{caught.value.stream}: {caught.value.reason}'
+    return caught.value
+
+
+@pytest.fixture
+def ingest():
+    return Ingest(ROBOT)
+
+
+def test_messages_of_one_stamp_make_one_observation(ingest):
+    ingest.add_image('front', picture(T0, 11), now_ns=T0)
+    ingest.add_image('wrist', picture(T0, 22), now_ns=T0)
+    ingest.add_joint_state(joints(T0), now_ns=T0)
+    ingest.set_instruction('  open it ')
+    seen = ingest.observe(now_ns=T0)
+    assert seen.stamp_ns == T0
+    assert seen.instruction == 'open it'
+    assert seen.state.tolist() == [1.7, -0.2]
+    assert {name: (image.shape, set(image.flat)) for name, image in seen.images.items()} == {
+        'front': ((2, 3, 3), {11}), 'wrist': ((2, 3, 3), {22})}
+
+
+def test_of_two_cameras_at_different_rates_the_newest_pictures_that_belong_together_are_used(
+        ingest):
+    ingest.set_instruction('open it')
+    for i in range(7):                                             # 30 Hz against 7.5 Hz
+        ingest.add_image('front', picture(T0 + i * 33 * MS, 10 + i), now_ns=T0 + 250 * MS)
+    for i in range(2):
+        ingest.add_image('wrist', picture(T0 + (5 + i * 133) * MS, 20 + i), now_ns=T0 + 250 * MS)
+    for i in range(25):
+        ingest.add_joint_state(joints(T0 + i * 10 * MS, positions=(i, -i)), now_ns=T0 + 250 * MS)
+    seen = ingest.observe(now_ns=T0 + 250 * MS)
+    assert (seen.images['front'][0, 0, 0], seen.images['wrist'][0, 0, 0]) == (14, 21)
+    assert seen.stamp_ns == T0 + 132 * MS      # the front picture, 6 ms older than the other
+    assert seen.state.tolist() == [-13.0, 13.0]
+
+
+def test_t_obs_is_the_stamp_of_the_oldest_picture_used(ingest):
+    feed(ingest, T0, leave_out=['wrist'])
+    ingest.add_image('wrist', picture(T0 - 17 * MS), now_ns=T0)
+    assert ingest.observe(now_ns=T0 + 3 * MS).stamp_ns == T0 - 17 * MS
+
+
+def test_newest_stamps_name_every_stream(ingest):
+    feed(ingest, T0, leave_out=['joints'])
+    assert ingest.newest_stamps_ns() == {
+        'camera/front': T0, 'camera/wrist': T0, 'joint_states': None}
+
+
+@pytest.mark.parametrize('left_out, stream', [
+    ('front', 'camera/front'), ('wrist', 'camera/wrist'), ('joints', 'joint_states'),
+    ('instruction', 'instruction')])
+def test_a_stream_that_never_came_is_waited_for_by_name(ingest, left_out, stream):
+    feed(ingest, T0, leave_out=[left_out])
+    missing = why_not(ingest, T0)
+    assert missing.stream == stream and 'received' in missing.reason and missing.waiting
+    feed(ingest, T0 + MS)
+    assert ingest.observe(now_ns=T0 + MS).stamp_ns == T0 + MS
+
+
+@pytest.mark.parametrize('stopped, stream', [
+    ('front', 'camera/front'), ('wrist', 'camera/wrist'), ('joints', 'joint_states')])
+def test_the_stream_that_stopped_is_the_one_that_is_named(ingest, stopped, stream):
+    feed(ingest, T0)
+    for i in range(1, 31):
+        feed(ingest, T0 + i * 33 * MS, leave_out=[stopped])
+    now_ns = T0 + 30 * 33 * MS
+    stale = why_not(ingest, now_ns)
+    assert stale.stream == stream and not stale.waiting
+    assert '0.990 s old, at most 0.5 s is allowed' in stale.reason
+    feed(ingest, now_ns + 33 * MS)
+    assert ingest.observe(now_ns=now_ns + 33 * MS).stamp_ns == now_ns + 33 * MS
+
+
+def test_a_picture_is_usable_up_to_the_age_limit_and_not_a_nanosecond_more(ingest):
+    feed(ingest, T0)
+    assert ingest.observe(now_ns=T0 + 500 * MS).stamp_ns == T0
+    assert 'old' in why_not(ingest, T0 + 500 * MS + 1).reason
+
+
+@pytest.mark.parametrize('stamp_ns, reason', [
+    (T0 - 40 * MS, 'stamp goes backward by 0.040 s'),
+    (T0, 'stamp repeats'),
+    (T0 + 301 * MS, 'stamp is 0.300 s in the future')])
+def test_a_stamp_out_of_order_stops_observations_until_the_next_good_one(
+        ingest, stamp_ns, reason):
+    feed(ingest, T0)
+    now_ns = T0 + MS
+    for stream, add in (
+            ('camera/wrist', lambda stamp: ingest.add_image('wrist', picture(stamp),
+                                                            now_ns=now_ns)),
+            ('joint_states', lambda stamp: ingest.add_joint_state(joints(stamp),
+                                                                  now_ns=now_ns))):
+        with pytest.raises(ValueError, match=reason):
+            add(stamp_ns)
+        fault = why_not(ingest, now_ns)
+        assert (fault.stream, fault.reason, fault.waiting) == (stream, reason, False)
+        add(T0 + 1)
+        assert ingest.observe(now_ns=now_ns).stamp_ns == T0
+
+
+def test_a_stamp_a_little_in_the_future_is_taken(ingest):
+    feed(ingest, T0 + 250 * MS, now_ns=T0)
+    assert ingest.observe(now_ns=T0).stamp_ns == T0 + 250 * MS
+
+
+@pytest.mark.parametrize('changes, reason', [
+    ({'encoding': 'yuv422'}, "encoding 'yuv422' is not supported"),
+    ({'data': bytes(17)}, 'data has 17 bytes'),
+    ({'width': 0}, 'no pixels'),
+    ({'height': 0, 'data': b''}, 'no pixels'),
+    ({'step': 8, 'data': bytes(16)}, 'step is 8 bytes')])
+def test_a_malformed_picture_stops_observations_until_the_next_good_one(ingest, changes, reason):
+    feed(ingest, T0)
+    with pytest.raises(ValueError, match=reason):
+        ingest.add_image('front', picture(T0 + MS, **changes), now_ns=T0 + MS)
+    fault = why_not(ingest, T0 + MS)
+    assert fault.stream == 'camera/front' and reason in fault.reason
+    ingest.add_image('front', picture(T0 + 2 * MS), now_ns=T0 + 2 * MS)
+    assert ingest.observe(now_ns=T0 + 2 * MS).stamp_ns == T0
+
+
+@pytest.mark.parametrize('message, reason', [
+    (joints(T0 + MS, positions=(float('nan'), 1.7)), "joint 'base' is not finite"),
+    (joints(T0 + MS, names=('base', 'grip')), "joint state has no 'elbow'"),
+    (joints(T0 + MS, positions=(1.0,)), '2 names but 1 positions')])
+def test_a_bad_joint_state_stops_observations_until_the_next_good_one(ingest, message, reason):
+    feed(ingest, T0)
+    with pytest.raises(ValueError, match=reason):
+        ingest.add_joint_state(message, now_ns=T0 + MS)
+    fault = why_not(ingest, T0 + MS)
+    assert fault.stream == 'joint_states' and reason in fault.reason
+    ingest.add_joint_state(joints(T0 + 2 * MS), now_ns=T0 + 2 * MS)
+    assert ingest.observe(now_ns=T0 + 2 * MS).stamp_ns == T0
+
+
+def test_pictures_too_far_apart_do_not_make_an_observation(ingest):
+    feed(ingest, T0, leave_out=['wrist'])
+    ingest.add_image('wrist', picture(T0 + 61 * MS), now_ns=T0 + 61 * MS)
+    fault = why_not(ingest, T0 + 61 * MS)
+    assert fault.stream == 'camera/wrist'
+    assert '0.061 s apart from the oldest picture, at most 0.06 s' in fault.reason
+    ingest.add_image('front', picture(T0 + 2 * MS), now_ns=T0 + 61 * MS)
+    ingest.add_joint_state(joints(T0 + 61 * MS), now_ns=T0 + 61 * MS)
+    assert ingest.observe(now_ns=T0 + 61 * MS).stamp_ns == T0 + 2 * MS
+
+
+def test_a_joint_state_too_far_from_the_pictures_is_not_used(ingest):
+    feed(ingest, T0, leave_out=['joints'])
+    ingest.add_joint_state(joints(T0 - 61 * MS), now_ns=T0)
+    fault = why_not(ingest, T0)
+    assert fault.stream == 'joint_states' and '0.061 s apart' in fault.reason
+
+
+def test_the_limits_are_those_that_were_given():
+    ingest = Ingest(ROBOT, limits=IngestLimits(max_age_s=0.01, max_skew_s=0.002, future_s=0.001))
+    feed(ingest, T0)
+    assert '0.011 s old, at most 0.01 s' in why_not(ingest, T0 + 11 * MS).reason
+    with pytest.raises(ValueError, match='in the future'):
+        ingest.add_image('front', picture(T0 + 2 * MS), now_ns=T0)
+    ingest.add_image('front', picture(T0 + 3 * MS), now_ns=T0 + 3 * MS)
+    ingest.add_image('wrist', picture(T0 + 6 * MS), now_ns=T0 + 6 * MS)
+    ingest.add_joint_state(joints(T0 + 3 * MS), now_ns=T0 + 6 * MS)
+    assert '0.003 s apart' in why_not(ingest, T0 + 6 * MS).reason
+
+
+@pytest.mark.parametrize('name', ['max_age_s', 'max_skew_s', 'future_s'])
+@pytest.mark.parametrize('value', [0.0, -1.0, 3600.0, float('nan')])
+def test_limits_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f'{name} must be above 0 and below 3600'):
+        IngestLimits(**{name: value})
+
+
+@pytest.mark.parametrize('text, reason', [
+    ('', 'instruction is empty'), (' \n', 'instruction is empty'),
+    ('x' * 100_000, 'at most 4096 bytes, got 100000'), ('open \ufffd', 'not valid UTF-8'),
+    ('open \udcff', 'not valid UTF-8')])
+def test_a_bad_instruction_stops_observations_until_the_next_good_one(ingest, text, reason):
+    feed(ingest, T0)
+    with pytest.raises(ValueError, match=reason):
+        ingest.set_instruction(text)
+    fault = why_not(ingest, T0)
+    assert fault.stream == 'instruction' and reason in fault.reason
+    assert ingest.set_instruction(' 关上 ') == '关上'
+    assert ingest.observe(now_ns=T0).instruction == '关上'
+
+
+def test_the_default_instruction_serves_until_one_comes():
+    ingest = Ingest(ROBOT, default_instruction=' wait here ')
+    feed(ingest, T0, leave_out=['instruction'])
+    assert ingest.observe(now_ns=T0).instruction == 'wait here'
+    ingest.set_instruction('open it')
+    assert ingest.observe(now_ns=T0).instruction == 'open it'
+    with pytest.raises(ValueError):
+        ingest.set_instruction('')
+    assert why_not(ingest, T0).stream == 'instruction'
+
+
+@pytest.mark.parametrize('default', ['  ', 'x' * 5000])
+def test_a_bad_default_instruction_is_refused_at_once(default):
+    with pytest.raises(ValueError, match='instruction'):
+        Ingest(ROBOT, default_instruction=default)
+
+
+def test_a_backward_jump_of_the_clock_forgets_everything_and_is_returned(ingest):
+    assert ingest.clock(T0) is None
+    feed(ingest, T0)
+    assert ingest.clock(T0) is None
+    assert ingest.clock(T0 - 2500 * MS) == pytest.approx(2.5)
+    assert set(ingest.newest_stamps_ns().values()) == {None}
+    assert why_not(ingest, T0 - 2500 * MS).waiting
+    feed(ingest, T0 - 2400 * MS, leave_out=['instruction'])
+    assert ingest.clock(T0 - 2400 * MS) is None
+    assert ingest.observe(now_ns=T0 - 2400 * MS).stamp_ns == T0 - 2400 * MS
+
+
+def test_a_backward_jump_of_the_clock_forgets_faults_too(ingest):
+    ingest.clock(T0)
+    feed(ingest, T0)
+    with pytest.raises(ValueError):
+        ingest.add_image('front', picture(T0), now_ns=T0)
+    ingest.clock(T0 - MS)
+    assert why_not(ingest, T0 - MS).reason == 'nothing has been received'
+
+
+def test_a_robot_without_proprioception_needs_no_joint_states():
+    blind = RobotSpec(robot='arm', state_names=(), cameras=ROBOT.cameras, horizon=3,
+                      action_space=ROBOT.action_space, period_s=0.0333)
+    ingest = Ingest(blind)
+    ingest.add_joint_state(joints(T0, positions=(float('nan'), 0.0)), now_ns=T0)
+    feed(ingest, T0, leave_out=['joints'])
+    assert ingest.observe(now_ns=T0).state is None
+
+
+def test_a_compressed_picture_is_decoded_and_a_broken_one_is_named(ingest):
+    feed(ingest, T0, leave_out=['wrist'])
+    ingest.add_compressed_image('wrist', SimpleNamespace(
+        header=header(T0), format='jpeg', data=b'\xff\xd8 broken'), now_ns=T0)
+    fault = why_not(ingest, T0)
+    assert fault.stream == 'camera/wrist' and 'cannot be decoded' in fault.reason
+    red = np.zeros((2, 3, 3), np.uint8)
+    red[:, :, 2] = 201
+    ingest.add_compressed_image('wrist', SimpleNamespace(
+        header=header(T0 + MS), format='png', data=cv2.imencode('.png', red)[1].reshape(-1)),
+        now_ns=T0 + MS)
+    ingest.add_image('front', picture(T0 + MS), now_ns=T0 + MS)
+    assert ingest.observe(now_ns=T0 + MS).images['wrist'][0, 0].tolist() == [201, 0, 0]
