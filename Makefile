@@ -116,4 +116,4 @@ mesa:
 	install_packages $(MESA) || echo 'no camera images can be drawn until these packages are installed: $(MESA)' >&2
 
 clean:
-	rm -rf .venv build install log demo_out *.egg-info
+	rm -rf .venv build install log demo_out *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Every test run has ROS to itself: only this computer, and a domain of its own."""
+"""Every test run has ROS to itself, on this computer and in a domain of its own."""
 
 import os
 
@@ -6,6 +6,7 @@ import pytest
 
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 os.environ.setdefault('ROS_DOMAIN_ID', str(os.getpid() % 101 + 1))
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # on a busy machine more threads wait for each other
 
 
 @pytest.fixture(scope='session')

@@ -30,6 +30,7 @@ from trajectory_msgs.msg import JointTrajectory
 from meanflow_ros.core.contract import NANOSECONDS, Observation
 from meanflow_ros.ros import to_messages
 from meanflow_ros.ros.from_messages import time_ns
+from meanflow_ros.ros.ingest import NoObservation
 from meanflow_ros.ros.policy_node import PolicyNode
 from micro_policy import CAMERAS, HEIGHT, JOINTS, WIDTH
 
@@ -51,7 +52,7 @@ def until(condition, what: str, *, timeout_s: float = TIMEOUT_S, each=lambda: No
             raise AssertionError(f'{what() if callable(what) else what} '
                                  f'did not happen within {timeout_s} s')
         each()
-        time.sleep(0.005)
+        time.sleep(0.008)
 
 
 class _Spinner:
@@ -90,7 +91,8 @@ class _Spinner:
 class Feeder:
     """The robot's side: publishes inputs, collects what the node says."""
 
-    def __init__(self, node: Node, target: str, inputs: dict[str, str], *, compressed: bool):
+    def __init__(self, node: Node, target: str, inputs: dict[str, str], *, compressed: bool,
+                 reliable: bool):
         self.node = node
         self.chunks: deque[JointTrajectory] = deque()
         self.diagnostics: deque = deque()           # (monotonic seconds, DiagnosticStatus)
@@ -102,7 +104,8 @@ class Feeder:
         self._target = target
         self._clock = node.create_publisher(Clock, '/clock', 10)
         kind = CompressedImage if compressed else Image
-        self.pictures = {name: node.create_publisher(kind, topic, qos_profile_sensor_data)
+        quality = QoSProfile(depth=5) if reliable else qos_profile_sensor_data
+        self.pictures = {name: node.create_publisher(kind, topic, quality)
                          for name, topic in inputs.items() if name in CAMERAS}
         self.joints = node.create_publisher(JointState, inputs.get('joints', 'joint_states'),
                                             qos_profile_sensor_data)
@@ -175,24 +178,26 @@ class Feeder:
 class Rig:
     """PolicyNode and Feeder; use it in a `with` statement.
 
-    parameters: of the node, NAMESPACE stands for its namespace. arguments: its command line. inputs: topics that the feeder uses in
-    place of the node's own names.
+    parameters: of the node; NAMESPACE in a name stands for its namespace. arguments: its command
+    line. inputs: topics that the feeder uses in place of the node's own names. reliable: how the
+    cameras offer their pictures.
     """
 
     def __init__(self, checkpoint, *, parameters=None, arguments=(), inputs=None,
                  instruction: str | None = 'push the lever', fast_diagnostics: bool = True,
+                 reliable: bool = False,
                  before_node=lambda feeder: None):
         self.namespace = f'/rig{next(_numbers)}'
         self.name = f'{self.namespace}/meanflow_policy'
         values = {'threads': 1, **({} if checkpoint is None else {'checkpoint': str(checkpoint)}),
                   **(parameters or {})}
-        self._node_side, self._feeder_side = _Spinner(), _Spinner()
+        self._node_side, self._feeder_side, self._clients = _Spinner(), _Spinner(), {}
         compressed = values.get('image_transport') == 'compressed'
         end = 'image_raw/compressed' if compressed else 'image_raw'
         self.feeder = Feeder(
             Node('feeder', namespace=self.namespace, context=self._feeder_side.context),
             self.name, {**{name: f'camera/{name}/{end}' for name in CAMERAS}, **(inputs or {})},
-            compressed=compressed)
+            compressed=compressed, reliable=reliable)
         self._feeder_side.start(self.feeder.node)
         if instruction is not None:
             self.feeder.instruction.publish(String(data=instruction))
@@ -202,15 +207,7 @@ class Rig:
             cli_args=['--ros-args', *arguments] if arguments else None,
             parameter_overrides=[Parameter(name.replace('NAMESPACE', self.namespace), value=value)
                                  for name, value in values.items()])
-        self._inferring, infer = threading.Event(), self.node._infer
-
-        def watched(*arguments):
-            self._inferring.set()
-            try:
-                infer(*arguments)
-            finally:
-                self._inferring.clear()
-        self.node._infer = watched
+        self._watch_inference()
         if fast_diagnostics:
             self.node._timer.timer_period_ns = 20_000_000
             self.node._timer.reset()
@@ -244,14 +241,16 @@ class Rig:
 
     def call(self, kind, service: str, request):
         """Call a service of the node and return the response."""
-        client = self.feeder.node.create_client(kind, f'{self.name}/{service}')
+        client = self._clients.get(service)
+        if client is None:
+            client = self._clients[service] = self.feeder.node.create_client(
+                kind, f'{self.name}/{service}')
         assert client.wait_for_service(TIMEOUT_S), f'{service} is not there'
         done = threading.Event()
         future = client.call_async(request)
         future.add_done_callback(lambda _: done.set())
         until(done.is_set, lambda: f'an answer of {service} (node error: '
                                    f'{self._node_side.error!r})')
-        self.feeder.node.destroy_client(client)
         return future.result()
 
     def transition(self, name: str) -> bool:
@@ -347,9 +346,38 @@ class Rig:
             before = self.node._status.chunks, len(self.feeder.chunks)
             self.diagnosed('')
             self.diagnosed('')
-            return not self._inferring.is_set() and before == (
+            return not self._busy() and before == (
                 self.node._status.chunks, len(self.feeder.chunks))
         until(still, 'silence')
+
+    def _watch_inference(self) -> None:
+        """Note, under the node's lock, from when to when an observation is worked on."""
+        self._inferring = False
+        choose, infer = self.node._next_observation, self.node._infer
+
+        def watched_choose():
+            observation = choose()
+            self._inferring = observation is not None
+            return observation
+
+        def watched_infer(*arguments):
+            try:
+                infer(*arguments)
+            finally:
+                self._inferring = False
+        self.node._next_observation, self.node._infer = watched_choose, watched_infer
+
+    def _busy(self) -> bool:
+        """Whether an observation is being worked on or waits for that."""
+        node = self.node
+        with node._inputs:
+            if self._inferring or not node._active:
+                return self._inferring
+            try:
+                stamp_ns = node._ingest.observe(now_ns=node._now_ns()).stamp_ns
+            except NoObservation:
+                return False
+            return node._status.last_stamp_ns is None or stamp_ns > node._status.last_stamp_ns
 
 
 def stamp_of(chunk: JointTrajectory) -> int:

@@ -1,5 +1,6 @@
 """Whatever is wrong with an input is named; nothing is published, and a good input recovers."""
 
+import itertools
 import os
 import shutil
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
 
 from micro_policy import CAMERAS, HEIGHT, WIDTH  # noqa: E402
-from node_rig import Rig, seconds, until  # noqa: E402
+from node_rig import Rig, seconds  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -106,11 +107,12 @@ def test_a_stamp_that_repeats_is_named(rig):
     rig.no_chunk('stamp repeats', each=lambda: rig.feeder.feed(stamp_ns=stamp_ns))
 
 
-@pytest.mark.parametrize('stamp_ns', [0, -seconds(5.0), 2**31 * 10**9 - 1])
+@pytest.mark.parametrize('stamp_ns', [0, -seconds(5.0), 2**31 * 10**9 - seconds(1)])
 def test_a_nonsense_stamp_is_named(rig, stamp_ns):
     rig.reset()
     words = 's in the future' if stamp_ns > 0 else 's old, at most'
-    rig.no_chunk(words, each=lambda: rig.feeder.feed(stamp_ns=stamp_ns))
+    stamps = itertools.count(stamp_ns)
+    rig.no_chunk(words, each=lambda: rig.feeder.feed(stamp_ns=next(stamps)))
     rig.reset()
 
 
@@ -118,9 +120,11 @@ def test_a_clock_that_jumps_back_forgets_everything(micro_checkpoint):
     parameters = {'use_sim_time': True, 'autostart': True}
     with Rig(micro_checkpoint, parameters=parameters) as rig:
         def at(clock_s):
+            stamps = itertools.count(seconds(clock_s))
+
             def each():
                 rig.feeder.tick(seconds(clock_s))
-                rig.feeder.feed(stamp_ns=seconds(clock_s))
+                rig.feeder.feed(stamp_ns=next(stamps))
             return each
         rig.chunk(each=at(20.0))
         rig.settle()
@@ -185,7 +189,7 @@ def test_the_hand_made_bytes_are_a_string_message(rig):
 @pytest.mark.parametrize('message, words', [
     (String(data=''), 'instruction: instruction is empty'),
     (String(data=' \n\t'), 'instruction: instruction is empty'),
-    (String(data='x' * 100_000), 'instruction: instruction must be at most 4096 bytes, got 100000'),
+    (String(data='x' * 100_000), 'instruction must be at most 4096 bytes, got 100000'),
     (cdr_string(b'push \xff\xfe lever'), 'instruction: instruction is not valid UTF-8'),
     (cdr_string(b'push \xed\xa0\x80'), 'instruction: instruction is not valid UTF-8')],
     ids=['empty', 'space', '100 kB', 'not UTF-8', 'surrogate'])
@@ -197,15 +201,13 @@ def test_a_bad_instruction_stops_chunks_until_a_good_one(rig, message, words):
     rig.say('push the lever')
 
 
-@pytest.mark.parametrize('stream', ['instruction', 'joints', 'static'])
 @pytest.mark.parametrize('data', [
     b'\0\1\0\0', b'\0\1\0\0\xff\xff\xff\x7fabc', b'\0\1\0\0' + b'\xff' * 64],
     ids=['empty', 'cut', 'rubbish'])
-def test_bytes_that_are_no_message_do_not_end_the_node(rig, stream, data):
-    publisher = {'instruction': rig.feeder.instruction, 'joints': rig.feeder.joints,
-                 **rig.feeder.pictures}[stream]
-    for _ in range(3):
-        publisher.publish(data)
+def test_bytes_that_are_no_message_do_not_end_the_node(rig, data):
+    for publisher in (rig.feeder.instruction, rig.feeder.joints, *rig.feeder.pictures.values()):
+        for _ in range(3):
+            publisher.publish(data)
     rig.diagnosed('')
     rig.say('push the lever')
 

@@ -1,6 +1,7 @@
 """The lifecycle node over real ROS: what it publishes, when, and when it must not."""
 
 import gc
+import itertools
 import threading
 import time
 import weakref
@@ -18,7 +19,7 @@ from sensor_msgs.msg import CompressedImage  # noqa: E402
 
 from meanflow_ros.core.contract import ActionChunk  # noqa: E402
 from meanflow_ros.core.policy import Policy  # noqa: E402
-from meanflow_ros.ros import to_messages  # noqa: E402
+from meanflow_ros.ros import policy_node, to_messages  # noqa: E402
 from micro_policy import (  # noqa: E402
     CAMERAS, DIMENSIONS, FIRST_STEP, HORIZON, LOWER, PERIOD_S, UPPER)
 from node_rig import Rig, positions, seconds, stamp_of, times_ns, until  # noqa: E402
@@ -153,7 +154,9 @@ def test_cleanup_frees_the_network_and_the_subscriptions(micro_checkpoint):
         assert (status.message, status.level) == ('unconfigured', b'\0')
 
 
-def test_twenty_lifecycles_leave_nothing_behind(micro_checkpoint):
+def test_twenty_lifecycles_leave_nothing_behind(micro_checkpoint, monkeypatch):
+    monkeypatch.setattr(policy_node, 'WARM_UP_RUNS', 1)
+
     def left(node):
         return (len(list(node.subscriptions)), len(list(node.publishers)),
                 len(list(node.services)), threading.active_count())
@@ -233,7 +236,7 @@ def test_the_chunk_is_bit_by_bit_what_the_policy_says(rig, reference):
     until(lambda: len(rig.feeder.chunks) >= 5, 'five chunks', each=rig.feeder.steadily())
     rig.settle()
     assert rig.set_parameter('seed', 0).successful
-    for chunk in rig.feeder.chunks:
+    for chunk in list(rig.feeder.chunks):
         assert_answers(chunk, reference, sent(rig, chunk), seed=7)
     with pytest.raises(AssertionError):
         assert_answers(chunk, reference, sent(rig, chunk), seed=8)
@@ -311,21 +314,34 @@ def test_topics_can_be_remapped(micro_checkpoint):
         rig.activate().recovers()
 
 
+def reliability(rig, topic):
+    """Return what the node's subscription asks for, as seen from the feeder."""
+    infos = until(lambda: rig.feeder.node.get_subscriptions_info_by_topic(
+        f'{rig.namespace}/{topic}'), topic)
+    return infos[0].qos_profile.reliability
+
+
 def test_the_quality_of_service_of_one_camera_can_be_overridden(micro_checkpoint):
     override = 'qos_overrides.NAMESPACE/camera/static/image_raw.subscription.reliability'
     with Rig(micro_checkpoint, parameters={override: 'reliable'}) as rig:
         assert rig.transition('configure'), rig.log()
 
-        def reliability(topic):
-            infos = until(lambda: rig.feeder.node.get_subscriptions_info_by_topic(
-                f'{rig.namespace}/{topic}'), topic)
-            return infos[0].qos_profile.reliability
-        assert reliability('camera/static/image_raw') == ReliabilityPolicy.RELIABLE
-        assert reliability('camera/wrist/image_raw') == ReliabilityPolicy.BEST_EFFORT
-        assert reliability('joint_states') == ReliabilityPolicy.BEST_EFFORT
+        assert reliability(rig, 'camera/static/image_raw') == ReliabilityPolicy.RELIABLE
+        assert reliability(rig, 'camera/wrist/image_raw') == ReliabilityPolicy.BEST_EFFORT
+        assert reliability(rig, 'joint_states') == ReliabilityPolicy.BEST_EFFORT
         assert rig.transition('cleanup')
         assert rig.transition('configure'), rig.log()
-        assert reliability('camera/static/image_raw') == ReliabilityPolicy.RELIABLE
+        assert reliability(rig, 'camera/static/image_raw') == ReliabilityPolicy.RELIABLE
+
+
+def test_reliable_cameras_are_taken_reliably_and_an_override_wins(micro_checkpoint):
+    override = 'qos_overrides.NAMESPACE/camera/static/image_raw.subscription.reliability'
+    with Rig(micro_checkpoint, parameters={override: 'best_effort'}, reliable=True) as rig:
+        rig.activate()
+        until(lambda: reliability(rig, 'camera/wrist/image_raw') == ReliabilityPolicy.RELIABLE,
+              'reliable delivery')
+        assert reliability(rig, 'camera/static/image_raw') == ReliabilityPolicy.BEST_EFFORT
+        rig.recovers()
 
 
 # Instructions
@@ -376,7 +392,7 @@ def test_a_new_instruction_makes_the_chunk_in_flight_void(rig):
 
 
 def test_a_slow_network_answers_the_newest_pictures_and_queues_nothing(rig):
-    ages_s, newest_ns = [], [0]
+    ages_s = []
 
     def slow(real, observation, **options):
         ages_s.append((rig.feeder.now_ns() - observation.stamp_ns) / 1e9)
@@ -429,26 +445,25 @@ def test_what_takes_effect_at_configure_is_refused_while_active(rig, micro_check
     ('max_age_s', float('nan'), ('0.001', '60')), ('max_skew_s', 61.0, ('0.0001', '60')),
     ('threads', 257, ('0', '256')), ('dtype', 'float16', ('bfloat16',)),
     ('device', 'cuda:x', ('auto|cpu|cuda',)), ('image_transport', 'theora', ('raw|compressed',))])
-def test_a_value_out_of_range_is_refused_with_name_and_range(rig, name, value, limits):
-    before = rig.node.get_parameter(name).value
-    result = rig.set_parameter(name, value)
+def test_a_value_out_of_range_is_refused_with_name_and_range(shared, name, value, limits):
+    before = shared.node.get_parameter(name).value
+    result = shared.set_parameter(name, value)
     assert not result.successful
     assert all(word in result.reason for word in (name, *limits)), result.reason
-    assert rig.node.get_parameter(name).value == before
+    assert shared.node.get_parameter(name).value == before
 
 
-@pytest.mark.parametrize('name, value', [
-    ('device', 3), ('sampler_steps', 'four'), ('sampler_steps', 2.0), ('max_age_s', 'old'),
-    ('seed', None), ('device', None), ('dtype', [1, 2])])
-def test_a_value_of_the_wrong_type_is_refused_and_the_node_lives(rig, name, value):
-    before = rig.node.get_parameter(name).value
-    assert not rig.set_parameter(name, value).successful
-    assert rig.node.get_parameter(name).value == before
+def test_values_of_the_wrong_type_are_refused_and_the_node_lives(rig):
+    for name, value in [('device', 3), ('sampler_steps', 'four'), ('sampler_steps', 2.0),
+                        ('max_age_s', 'old'), ('seed', None), ('device', None), ('dtype', [1, 2])]:
+        before = rig.node.get_parameter(name).value
+        assert not rig.set_parameter(name, value).successful
+        assert rig.node.get_parameter(name).value == before
     rig.recovers()
 
 
-def test_parameters_describe_themselves(rig):
-    described = rig.describe('sampler_steps')
+def test_parameters_describe_themselves(shared):
+    described = shared.describe('sampler_steps')
     assert 'NFE' in described.description
     assert (described.integer_range[0].from_value, described.integer_range[0].to_value) == (0, 64)
 
@@ -460,7 +475,7 @@ def test_diagnostics_come_once_a_second_and_tell_what_matters(micro_checkpoint):
     with Rig(micro_checkpoint, fast_diagnostics=False) as rig:
         rig.activate().recovers()
         rig.feeder.diagnostics.clear()
-        until(lambda: len(rig.feeder.diagnostics) >= 3, 'diagnostics',
+        until(lambda: len(rig.feeder.diagnostics) >= 2, 'diagnostics',
               each=rig.feeder.steadily())
         times, statuses = zip(*rig.feeder.diagnostics)
         assert np.allclose(np.diff(times), 1.0, atol=0.4)
@@ -483,12 +498,14 @@ def test_simulated_time_is_used_and_a_jump_back_forgets_the_inputs(micro_checkpo
         rig.activate().no_chunk('use_sim_time is set and nothing has been received')
 
         def at(clock_s, stamp_s):
+            stamps = itertools.count(seconds(stamp_s))
+
             def each():
                 feeder.tick(seconds(clock_s))
-                feeder.feed(stamp_ns=seconds(stamp_s))
+                feeder.feed(stamp_ns=next(stamps))
                 time.sleep(0.03)
             return each
-        assert stamp_of(rig.chunk(each=at(100.0, 99.9))) == seconds(99.9)
+        assert 0 <= stamp_of(rig.chunk(each=at(100.0, 99.9))) - seconds(99.9) < 1000
         rig.no_chunk('s old', each=lambda: (feeder.tick(seconds(101.0)), time.sleep(0.03)))
         rig.settle()
         feeder.chunks.clear()
@@ -496,7 +513,7 @@ def test_simulated_time_is_used_and_a_jump_back_forgets_the_inputs(micro_checkpo
                    each=lambda: (feeder.tick(seconds(50.0)), time.sleep(0.03)))
         rig.no_chunk('nothing has been received')
         chunk = rig.chunk(each=at(50.25, 50.0))
-        assert stamp_of(chunk) == seconds(50.0)
+        assert 0 <= stamp_of(chunk) - seconds(50.0) < 1000
         assert times_ns(chunk) == RULE_NS[1:]                    # 0.2 s is past at 50.25 s
 
 

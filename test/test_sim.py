@@ -121,7 +121,7 @@ def test_project_finds_the_tool_in_the_static_picture(robot):
     tool = robot.observe(()).tool_position
     scene = robot._scene
     site = scene.env.model.site('endEffector').id
-    x, y = sim.project(tool[None], width=224, height=224)[0]
+    x, y = sim.project(tool[None], width=SIZE, height=SIZE)[0]
     scene._options.sitegroup[:] = 1
     before = scene.render('static').astype(int)
     scene.env.data.site_xpos[site] = tool
@@ -135,7 +135,7 @@ def test_project_finds_the_tool_in_the_static_picture(robot):
 
 
 def test_project_gives_nan_behind_the_camera():
-    assert np.isnan(sim.project([[3.0, -2.0, 3.0]], width=224, height=224)).all()
+    assert np.isnan(sim.project([[3.0, -2.0, 3.0]], width=SIZE, height=SIZE)).all()
 
 
 def test_a_recorded_demonstration_reads_back_with_every_topic_and_a_success(tmp_path):

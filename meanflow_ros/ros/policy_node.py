@@ -143,8 +143,6 @@ class PolicyNode(LifecycleNode):
 
     def _connect(self, settings: parameters.PolicyParameters) -> None:
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-        self._instruction = self.create_subscription(
-            String, 'instruction', self._on_instruction, latched)
         if self._policy.robot.state_names:
             self._sensors.append(AdaptiveSubscription(
                 self, JointState, 'joint_states', self._on_joint_state))
@@ -156,6 +154,8 @@ class PolicyNode(LifecycleNode):
             self._sensors.append(AdaptiveSubscription(
                 self, kind, f'camera/{name}/image_raw{suffix}',
                 functools.partial(callback, name)))
+        self._instruction = self.create_subscription(
+            String, 'instruction', self._on_instruction, latched)
         self._chunks = self.create_lifecycle_publisher(JointTrajectory, 'action_chunk', 10)
         self._reset_service = self.create_service(Trigger, '~/reset', self._on_reset)
 
