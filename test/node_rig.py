@@ -13,6 +13,7 @@ from collections import deque
 
 import numpy as np
 import rclpy
+import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import Log
@@ -113,7 +114,8 @@ class Feeder:
         node.create_subscription(JointTrajectory, inputs.get('chunks', 'action_chunk'),
                                  lambda message: self.chunks.append(message), 100)
         node.create_subscription(DiagnosticArray, '/diagnostics', self._on_diagnostics, 100)
-        node.create_subscription(Log, '/rosout', self._on_log, 1000)
+        node.create_subscription(Log, '/rosout', self._on_log, QoSProfile(
+            depth=1000, durability=DurabilityPolicy.TRANSIENT_LOCAL))
 
     def _on_diagnostics(self, message) -> None:
         self.diagnostics.extend((time.monotonic(), status) for status in message.status
@@ -188,6 +190,7 @@ class Rig:
                  reliable: bool = False,
                  before_node=lambda feeder: None):
         self.namespace = f'/rig{next(_numbers)}'
+        self._threads = torch.get_num_threads()
         self.name = f'{self.namespace}/meanflow_policy'
         values = {'threads': 1, **({} if checkpoint is None else {'checkpoint': str(checkpoint)}),
                   **(parameters or {})}
@@ -217,10 +220,11 @@ class Rig:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if self._node_side.error is not None and kind is None:
-            raise self._node_side.error
         self._node_side.close(self.node)
         self._feeder_side.close(self.feeder.node)
+        torch.set_num_threads(self._threads)
+        if self._node_side.error is not None and kind is None:
+            raise self._node_side.error
 
     def say(self, text: str) -> None:
         """Publish an instruction and wait until the node has it."""

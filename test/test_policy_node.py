@@ -14,7 +14,6 @@ import pytest
 pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or install its wheels')
 
 import torch  # noqa: E402, I001
-from rclpy.qos import ReliabilityPolicy  # noqa: E402
 from sensor_msgs.msg import CompressedImage  # noqa: E402
 
 from meanflow_ros.core.contract import ActionChunk  # noqa: E402
@@ -314,33 +313,31 @@ def test_topics_can_be_remapped(micro_checkpoint):
         rig.activate().recovers()
 
 
-def reliability(rig, topic):
-    """Return what the node's subscription asks for, as seen from the feeder."""
-    infos = until(lambda: rig.feeder.node.get_subscriptions_info_by_topic(
-        f'{rig.namespace}/{topic}'), topic)
-    return infos[0].qos_profile.reliability
+def asked(rig, topic):
+    """Return the reliability and depth that the node asks for."""
+    profile, = [subscription.qos_profile for subscription in rig.node.subscriptions
+                if subscription.topic_name == f'{rig.namespace}/{topic}']
+    return profile.reliability.name, profile.depth
 
 
 def test_the_quality_of_service_of_one_camera_can_be_overridden(micro_checkpoint):
-    override = 'qos_overrides.NAMESPACE/camera/static/image_raw.subscription.reliability'
-    with Rig(micro_checkpoint, parameters={override: 'reliable'}) as rig:
-        assert rig.transition('configure'), rig.log()
-
-        assert reliability(rig, 'camera/static/image_raw') == ReliabilityPolicy.RELIABLE
-        assert reliability(rig, 'camera/wrist/image_raw') == ReliabilityPolicy.BEST_EFFORT
-        assert reliability(rig, 'joint_states') == ReliabilityPolicy.BEST_EFFORT
-        assert rig.transition('cleanup')
-        assert rig.transition('configure'), rig.log()
-        assert reliability(rig, 'camera/static/image_raw') == ReliabilityPolicy.RELIABLE
+    override = 'qos_overrides.NAMESPACE/camera/static/image_raw.subscription.'
+    parameters = {f'{override}reliability': 'reliable', f'{override}depth': 3}
+    with Rig(micro_checkpoint, parameters=parameters) as rig:
+        for _ in range(2):
+            assert rig.transition('configure'), rig.log()
+            assert asked(rig, 'camera/static/image_raw') == ('RELIABLE', 3)
+            assert asked(rig, 'camera/wrist/image_raw') == ('BEST_EFFORT', 5)
+            assert asked(rig, 'joint_states') == ('BEST_EFFORT', 5)
+            assert rig.transition('cleanup')
 
 
 def test_reliable_cameras_are_taken_reliably_and_an_override_wins(micro_checkpoint):
     override = 'qos_overrides.NAMESPACE/camera/static/image_raw.subscription.reliability'
     with Rig(micro_checkpoint, parameters={override: 'best_effort'}, reliable=True) as rig:
         rig.activate()
-        until(lambda: reliability(rig, 'camera/wrist/image_raw') == ReliabilityPolicy.RELIABLE,
-              'reliable delivery')
-        assert reliability(rig, 'camera/static/image_raw') == ReliabilityPolicy.BEST_EFFORT
+        until(lambda: asked(rig, 'camera/wrist/image_raw')[0] == 'RELIABLE', 'reliable delivery')
+        assert asked(rig, 'camera/static/image_raw')[0] == 'BEST_EFFORT'
         rig.recovers()
 
 

@@ -13,8 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+from meanflow_ros.paths import share_directory
+
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 os.environ.setdefault('ROS_DOMAIN_ID', str(1 + os.getpid() % 100))
+os.environ.setdefault('FASTRTPS_DEFAULT_PROFILES_FILE',
+                      str(share_directory() / 'config' / 'fastdds.xml'))
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus

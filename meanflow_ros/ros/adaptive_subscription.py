@@ -2,8 +2,9 @@
 
 Best effort is what sensor drivers are used to, but a picture of 640x480 is larger than the shared
 memory segment and the socket buffer of Fast DDS's defaults, and a lost fragment loses the picture
-(see docs/performance.md). So where every publisher of the topic offers reliable delivery, it is
-asked for. Quality of service given by `qos_overrides` is used as it is.
+(docs/performance.md has the figures, config/fastdds.xml larger buffers). So where every publisher
+of the topic offers reliable delivery, it is asked for. Quality of service given by `qos_overrides`
+is used as it is.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 
 
 class AdaptiveSubscription:
-    """Subscribes to one topic; `adapt`, called now and then, follows what publishers offer."""
+    """Subscribes to one topic; `adapt`, called now and then, follows what publishers offer.
 
-    def __init__(self, node: Node, kind, topic: str, callback: Callable):
+    serialized: the callback gets the message's bytes (CDR) instead of the message.
+    """
+
+    def __init__(self, node: Node, kind, topic: str, callback: Callable, *,
+                 serialized: bool = False):
         self._node, self._kind, self._topic, self._callback = node, kind, topic, callback
+        self._serialized = serialized
         self._name = node.resolve_topic_name(topic)
         given = f'qos_overrides.{self._name}.subscription.'
         self._overridden = any(name.startswith(given) for name in node._parameter_overrides)
@@ -50,4 +56,4 @@ class AdaptiveSubscription:
         profile.reliability = self._reliability
         options = QoSOverridingOptions.with_default_policies() if self._overridden else None
         return self._node.create_subscription(self._kind, self._topic, self._callback, profile,
-                                              qos_overriding_options=options)
+                                              raw=self._serialized, qos_overriding_options=options)

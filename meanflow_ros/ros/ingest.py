@@ -18,7 +18,9 @@ import numpy as np
 from meanflow_ros.core.contract import (
     NANOSECONDS, Observation, RobotSpec, clean_instruction)
 from meanflow_ros.ros import from_messages
+from meanflow_ros.ros.bag import deserialize
 
+IMAGE, COMPRESSED_IMAGE = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
 CAMERA_BUFFER = 8
 STATE_BUFFER = 256
 
@@ -112,6 +114,13 @@ class Ingest:
     def add_compressed_image(self, camera: str, message, *, now_ns: int) -> None:
         """Take a sensor_msgs/CompressedImage; it is decoded when it is used."""
         self._add(camera, message, now_ns, lambda _: None, from_messages.compressed_image)
+
+    def add_serialized(self, camera: str, data: bytes, type_name: str, *, now_ns: int) -> None:
+        """Take a serialised picture of either type, as a raw subscription gives it."""
+        with _noting_fault(self._cameras[camera]):
+            message = deserialize(data, type_name)
+        add = self.add_image if type_name == IMAGE else self.add_compressed_image
+        add(camera, message, now_ns=now_ns)
 
     def _add(self, camera: str, message, now_ns: int, check: Callable, decode: Callable) -> None:
         stream = self._cameras[camera]

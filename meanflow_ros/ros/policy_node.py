@@ -8,6 +8,7 @@ complete, the guard has let the chunk pass, and nothing was reset while the netw
 from __future__ import annotations
 
 import functools
+import gc
 import resource
 import signal
 import sys
@@ -33,7 +34,8 @@ from meanflow_ros.core.policy import DTYPES, Policy
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
-from meanflow_ros.ros.ingest import Ingest, IngestLimits, NoObservation
+from meanflow_ros.ros.ingest import (
+    COMPRESSED_IMAGE, IMAGE, Ingest, IngestLimits, NoObservation)
 from meanflow_ros.ros.status import Status
 
 WARM_UP_RUNS = 5
@@ -146,14 +148,14 @@ class PolicyNode(LifecycleNode):
         if self._policy.robot.state_names:
             self._sensors.append(AdaptiveSubscription(
                 self, JointState, 'joint_states', self._on_joint_state))
-        kind, suffix, callback = {
-            'raw': (Image, '', self._on_image),
-            'compressed': (CompressedImage, '/compressed', self._on_compressed_image),
+        kind, type_name, suffix = {
+            'raw': (Image, IMAGE, ''),
+            'compressed': (CompressedImage, COMPRESSED_IMAGE, '/compressed'),
         }[settings.image_transport]
         for name in self._policy.robot.camera_names:
             self._sensors.append(AdaptiveSubscription(
                 self, kind, f'camera/{name}/image_raw{suffix}',
-                functools.partial(callback, name)))
+                functools.partial(self._on_picture, name, type_name), serialized=True))
         self._instruction = self.create_subscription(
             String, 'instruction', self._on_instruction, latched)
         self._chunks = self.create_lifecycle_publisher(JointTrajectory, 'action_chunk', 10)
@@ -213,11 +215,8 @@ class PolicyNode(LifecycleNode):
 
     # Inputs: callbacks store, and wake the inference thread
 
-    def _on_image(self, name: str, message) -> None:
-        self._store(self._ingest.add_image, name, message)
-
-    def _on_compressed_image(self, name: str, message) -> None:
-        self._store(self._ingest.add_compressed_image, name, message)
+    def _on_picture(self, name: str, type_name: str, data: bytes) -> None:
+        self._store(self._ingest.add_serialized, name, data, type_name)
 
     def _on_joint_state(self, message) -> None:
         self._store(self._ingest.add_joint_state, message)
@@ -369,9 +368,17 @@ def _memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def _stop(*_) -> None:
+    """Interrupt the main thread once: a second Ctrl-C would interrupt the clean-up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv=None) -> int:
     """Run the node until Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     rclpy.init(args=argv, signal_handler_options=rclpy.signals.SignalHandlerOptions.NO)
     node = PolicyNode()
     executor = SingleThreadedExecutor()
@@ -385,6 +392,7 @@ def main(argv=None) -> int:
         executor.shutdown()
         node.destroy_node()
         rclpy.try_shutdown()
+        gc.freeze()  # or Python looks for garbage at its end, for seconds; launch kills after 5
     return 0
 
 
