@@ -4,7 +4,7 @@ ros2 launch meanflow_ros demo.launch.py task:=drawer-open
 """
 
 from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription
+from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, Shutdown
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
@@ -16,7 +16,7 @@ ARGUMENTS = {
     'seed': ('100000', 'seed of the first episode; the next takes the next seed'),
     'lockstep': ('true', 'simulated time waits for the policy; false: it runs in real time'),
     'checkpoint': ('', 'checkpoint directory; empty for the one that ships'),
-    'device': ('auto', 'auto, cpu, cuda or cuda:N'),
+    'device': ('', 'auto, cpu, cuda or cuda:N; empty for the one in the parameters file'),
     'namespace': ('', 'namespace of both nodes and their topics'),
 }
 
@@ -29,6 +29,7 @@ def generate_launch_description() -> LaunchDescription:
     robot = Node(
         package='meanflow_ros', executable='sim_node', name='sim_robot', output='screen',
         namespace=LaunchConfiguration('namespace'), emulate_tty=True,
+        on_exit=lambda _, context: None if context.is_shutdown else [Shutdown()],
         parameters=[{'task': typed('task', str), 'seed': typed('seed', int),
                      'lockstep': typed('lockstep', bool), 'auto_reset': True}])
     policy = IncludeLaunchDescription(

@@ -3,6 +3,8 @@
 ros2 launch meanflow_ros policy.launch.py checkpoint:=/path/to/checkpoint
 """
 
+from pathlib import Path
+
 from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
@@ -19,8 +21,8 @@ ARGUMENTS = {
     'autostart': ('true', 'configure and activate without a lifecycle manager'),
     'remappings': ('', "pairs such as 'camera/static/image_raw:=/zed/left/image_rect_color "
                        "joint_states:=/robot/joint_states'"),
-    'log_level': ('info', 'debug, info, warn or error'),
 }
+LOG_LEVELS = ['debug', 'info', 'warn', 'error']
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
@@ -32,16 +34,24 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def _flag(name: str, text: str) -> bool:
+    if text.lower() not in ('true', 'false', '1', '0'):
+        raise ValueError(f'{name} must be true or false, got {text!r}')
+    return text.lower() in ('true', '1')
+
+
 def _node(context) -> list[LifecycleNode]:
-    value = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+    value = {name: LaunchConfiguration(name).perform(context)
+             for name in ('parameters', *ARGUMENTS, 'log_level')}
+    if not Path(value['parameters']).is_file():
+        raise ValueError(f"there is no parameters file {value['parameters']}")
     parameters = {name: value[name] for name in ('checkpoint', 'device', 'instruction')
                   if value[name]}
-    parameters |= {name: value[name].lower() in ('true', '1')
-                   for name in ('use_sim_time', 'autostart')}
+    parameters |= {name: _flag(name, value[name]) for name in ('use_sim_time', 'autostart')}
     return [LifecycleNode(
         package='meanflow_ros', executable='policy_node', name='meanflow_policy',
         namespace=value['namespace'], output='screen', emulate_tty=True,
-        parameters=[LaunchConfiguration('parameters'), parameters],
+        parameters=[value['parameters'], parameters],
         remappings=_pairs(value['remappings']),
         arguments=['--ros-args', '--log-level', value['log_level']])]
 
@@ -54,5 +64,7 @@ def generate_launch_description() -> LaunchDescription:
                               description='parameters file, see config/policy.yaml'),
         *(DeclareLaunchArgument(name, default_value=default, description=description)
           for name, (default, description) in ARGUMENTS.items()),
+        DeclareLaunchArgument('log_level', default_value='info', choices=LOG_LEVELS,
+                              description='of the node; debug includes ROS itself'),
         OpaqueFunction(function=_node),
     ])

@@ -120,6 +120,8 @@ class FlorenceEncoder(nn.Module):
 
     def preprocess(self, picture: np.ndarray | Tensor) -> Tensor:
         """Resize one picture (H, W, 3) uint8 on the device -> (3, S, S) float, 0 .. 255."""
+        if isinstance(picture, np.ndarray) and not picture.flags.writeable:
+            picture = picture.copy()  # PyTorch has no read-only tensors
         pixels = torch.as_tensor(picture).to(self.mean.device, non_blocking=True)
         pixels = pixels.permute(2, 0, 1)[None].float()
         size = (self.config.image_size, self.config.image_size)

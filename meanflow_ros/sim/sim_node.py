@@ -280,9 +280,10 @@ class SimNode(Node):
         if steps < end:
             told['stopped'] = 'before its end'
         outcome = 'success' if success else 'failure'
+        ended = outcome if steps == end else f'{outcome}, stopped before its end,'
         self._publish_clock()
         self._publish_episode(settings.task, outcome, told)
-        self.get_logger().info(f'episode {number}: {outcome} after {steps} steps, '
+        self.get_logger().info(f'episode {number}: {ended} after {steps} steps, '
                                f'{starved} without a due action')
 
     def _interrupted(self) -> bool:
