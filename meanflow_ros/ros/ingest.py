@@ -158,6 +158,12 @@ class Ingest:
         return {name: stream.items[-1][0] if stream.items else None
                 for name, stream in self._streams().items()}
 
+    def newest_common_ns(self) -> int | None:
+        """Return the oldest of the cameras' newest stamps, None if a camera has no picture."""
+        newest = [stream.items[-1][0] if stream.items else None
+                  for stream in self._cameras.values()]
+        return None if None in newest else min(newest)
+
     def observe(self, *, now_ns: int) -> Observation:
         """Return the newest complete observation; NoObservation says what is missing.
 

@@ -40,6 +40,7 @@ from meanflow_ros.ros.status import Status
 
 WARM_UP_RUNS = 5
 POLL_S = 0.1
+THREAD_SWITCH_S = 0.0005  # Python's 5 ms would hold back the inference thread
 FIRST_INPUT_S = 2.0  # silence about inputs that have not come yet
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -227,7 +228,8 @@ class PolicyNode(LifecycleNode):
                 add(*arguments, now_ns=self._now_ns())
             except ValueError:
                 pass  # the ingest keeps the reason, the inference thread reports it
-            self._inputs.notify()
+            if self._ingest.newest_common_ns() not in (None, self._status.last_stamp_ns):
+                self._inputs.notify()
 
     def _on_instruction(self, message) -> None:
         with self._inputs:
@@ -237,7 +239,6 @@ class PolicyNode(LifecycleNode):
             except ValueError as error:
                 self.get_logger().error(f'{error}; no chunk until a good instruction arrives')
             self._generation += 1
-            self._inputs.notify()
 
     def _on_reset(self, request, response):
         with self._inputs:
@@ -379,6 +380,7 @@ def main(argv=None) -> int:
     """Run the node until Ctrl-C or SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    sys.setswitchinterval(THREAD_SWITCH_S)
     rclpy.init(args=argv, signal_handler_options=rclpy.signals.SignalHandlerOptions.NO)
     node = PolicyNode()
     executor = SingleThreadedExecutor()

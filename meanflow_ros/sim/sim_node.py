@@ -260,7 +260,7 @@ class SimNode(Node):
             self._publish_state(robot.observe(CAMERAS if pictures else ()))
             if pictures and settings.lockstep:
                 answered = self._await_chunk(settings.chunk_timeout_s if answered else 0.0)
-                if not answered:
+                if not answered and not self._interrupted():
                     self._warn_once('no action chunk answered a picture in '
                                     f'{settings.chunk_timeout_s:g} s: going on in real time, '
                                     'without motion, until one arrives')

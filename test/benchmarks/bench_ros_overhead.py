@@ -26,6 +26,7 @@ from meanflow_ros.ros import from_messages, to_messages
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
@@ -38,6 +39,8 @@ class Feeder:
 
     def __init__(self, node, robot, width: int, height: int):
         self._node, self._robot = node, robot
+        self._executor = SingleThreadedExecutor()  # rclpy.spin_once adds the node each time
+        self._executor.add_node(node)
         self._arrived: dict[int, float] = {}
         self.statistics: dict[str, str] = {}
         random = np.random.default_rng(0)
@@ -93,7 +96,7 @@ class Feeder:
         """Spin until the condition holds or the time is over."""
         deadline = time.monotonic() + timeout_s
         while not condition() and time.monotonic() < deadline:
-            rclpy.spin_once(self._node, timeout_sec=0.05)
+            self._executor.spin_once(timeout_sec=0.05)
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:
