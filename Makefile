@@ -53,7 +53,7 @@ endef
 
 help:
 	cat <<'EOF'
-	make demo    set up, then fly the shipped policy in simulation; results in demo_out/
+	make demo    set up, then run the shipped policy in simulation; results in demo_out/
 	make test    set up, then ruff, colcon build and colcon test
 	make setup   only set up: .venv with ROS 2, PyTorch and the rest
 	make clean   remove .venv and all that was built
