@@ -99,7 +99,8 @@ class PolicyNode(LifecycleNode):
         """Load the checkpoint, warm it up and subscribe; any problem leaves it unconfigured."""
         try:
             if self._problems:
-                raise ValueError('; '.join(self._problems))
+                raise ValueError('; '.join(self._problems)
+                                 + '; correct the parameters and start the node again')
             self._configure(parameters.read(self))
         except (ValueError, OSError, RuntimeError, ParameterException) as error:
             self._release()

@@ -174,7 +174,7 @@ def _parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='train', description='Train a policy on demonstration bags and write a checkpoint '
         'that policy_node runs.')
-    parser.add_argument('config', type=Path, help='training YAML, see config/train.yaml')
+    parser.add_argument('config', type=Path, help='training YAML, see config/train_metaworld.yaml')
     parser.add_argument('--data', type=Path, required=True,
                         help='a rosbag2 directory, or a folder of them')
     parser.add_argument('--out', type=Path, required=True, help='checkpoint directory to write')
