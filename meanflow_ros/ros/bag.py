@@ -106,6 +106,25 @@ class BagWriter:
                                            offered_qos_profiles=qos)
 
 
+def topic_types(path: Path | str) -> dict[str, str]:
+    """Return topic -> message type of a rosbag2, sorted; ValueError as `read_messages`."""
+    path = _checked(path)
+    try:
+        with Reader(path) as reader:
+            return {c.topic: c.msgtype for c in sorted(reader.connections, key=lambda c: c.topic)}
+    except Exception as error:   # damage shows as errors of rosbags, zstd, struct or sqlite
+        raise ValueError(f'{path} cannot be read as a rosbag2: {error}') from error
+
+
+def _checked(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f'there is no bag at {path}')
+    if path.is_dir() and not (path / 'metadata.yaml').exists():
+        raise ValueError(f'{path} is not a rosbag2: it has no metadata.yaml')
+    return path
+
+
 def read_messages(path: Path | str, topics: Collection[str] | None = None,
                   ) -> Iterator[tuple[str, int, object]]:
     """Yield (topic, stamp_ns, message) of a rosbag2 (db3 or mcap) in time order.
@@ -114,11 +133,7 @@ def read_messages(path: Path | str, topics: Collection[str] | None = None,
     topics: only these, with or without the leading slash; None reads all whose type ROS 2 Jazzy
     knows. ValueError if there is no bag at `path`, if it is not one, or if it is damaged.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f'there is no bag at {path}')
-    if path.is_dir() and not (path / 'metadata.yaml').exists():
-        raise ValueError(f'{path} is not a rosbag2: it has no metadata.yaml')
+    path = _checked(path)
     wanted = None if topics is None else {absolute_topic(topic) for topic in topics}
     try:
         with Reader(path) as reader:

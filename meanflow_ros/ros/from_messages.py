@@ -7,7 +7,7 @@ raises a ValueError that says what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -17,6 +17,8 @@ from meanflow_ros.core.contract import NANOSECONDS, TimedActions
 CHANNELS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1}
 MAX_PIXELS = 4096 * 4096
 MAX_COMPRESSED_BYTES = 64 * 1024 * 1024
+TWIST_FIELDS = ('linear.x', 'linear.y', 'linear.z', 'angular.x', 'angular.y', 'angular.z')
+ActionReader = Callable[[object, int], TimedActions]
 
 
 def time_ns(time) -> int:
@@ -113,3 +115,68 @@ def timed_actions(message, dimensions: Sequence[str]) -> TimedActions:
         raise ValueError('trajectory has positions that are not finite')
     return TimedActions(stamp_ns=start_ns, actions=actions, due_ns=[
         start_ns + time_ns(point.time_from_start) for point in message.points])
+
+
+def _action_now(stamp_ns: int, values) -> TimedActions:
+    actions = np.asarray(values, np.float64)
+    if not np.isfinite(actions).all():
+        raise ValueError(f'action is not finite: {actions}')
+    return TimedActions(stamp_ns=stamp_ns, due_ns=[stamp_ns], actions=actions[None])
+
+
+def _header_ns(message, received_ns: int) -> int:
+    """Return the header's stamp; a stamp of zero means now, as controllers take it."""
+    return time_ns(message.header.stamp) or received_ns
+
+
+def action_reader(type_name: str, dimensions: Sequence[str],
+                  twist_fields: Sequence[str] = TWIST_FIELDS) -> ActionReader:
+    """Return a function (message, received_ns) -> TimedActions for a topic of this type.
+
+    JointTrajectory and JointState (its positions) are matched by name to `dimensions`, arrays by
+    position, TwistStamped by `twist_fields`. Messages without a header are due when they were
+    received, and so are those whose stamp is zero. ValueError for another type, or for twist
+    fields that are not as many as the dimensions; the function raises ValueError for a message
+    of another size, of other names or with values that are not finite.
+    """
+    size = len(dimensions)
+
+    def trajectory(message, received_ns: int) -> TimedActions:
+        timed = timed_actions(message, dimensions)
+        shift_ns = _header_ns(message, received_ns) - timed.stamp_ns
+        return TimedActions(stamp_ns=timed.stamp_ns + shift_ns, actions=timed.actions,
+                            due_ns=timed.due_ns + shift_ns) if shift_ns else timed
+
+    def joint_state(message, received_ns: int) -> TimedActions:
+        return _action_now(_header_ns(message, received_ns), joint_positions(message, dimensions))
+
+    def array(message, received_ns: int) -> TimedActions:
+        if len(message.data) != size:
+            raise ValueError(f'action has {len(message.data)} numbers, expected {size}: '
+                             f'{", ".join(dimensions)}')
+        return _action_now(received_ns, message.data)
+
+    def twist(message, received_ns: int) -> TimedActions:
+        return _action_now(_header_ns(message, received_ns), [
+            getattr(getattr(message.twist, part), axis)
+            for part, axis in (name.split('.') for name in twist_fields)])
+
+    readers = {
+        'trajectory_msgs/msg/JointTrajectory': trajectory,
+        'sensor_msgs/msg/JointState': joint_state,
+        'std_msgs/msg/Float32MultiArray': array,
+        'std_msgs/msg/Float64MultiArray': array,
+        'geometry_msgs/msg/TwistStamped': twist,
+    }
+    if type_name not in readers:
+        raise ValueError(f'actions cannot be read from {type_name}, use one of '
+                         f'{", ".join(readers)}')
+    if readers[type_name] is twist and len(twist_fields) != size:
+        raise ValueError(f'{len(twist_fields)} twist fields for the {size} dimensions '
+                         f'{", ".join(dimensions)}: give one each')
+    return readers[type_name]
+
+
+def scalar_action(message, received_ns: int) -> TimedActions:
+    """Return a Float32, Float64, Int32 or Bool as an action of one dimension, due on receipt."""
+    return _action_now(received_ns, [float(message.data)])
