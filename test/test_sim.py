@@ -18,6 +18,9 @@ if importlib.util.find_spec('metaworld') is None:
 from meanflow_ros.ros.bag import BagWriter, TYPES, read_messages  # noqa: E402, I001
 from meanflow_ros.sim import demonstrations  # noqa: E402
 from meanflow_ros.sim import metaworld_robot as sim  # noqa: E402
+from meanflow_ros.sim.scene import CAMERAS, project  # noqa: E402
+from meanflow_ros.sim.tasks import (  # noqa: E402
+    GROUPS, MT10, MULTIMODAL, TASKS, check_task, expand_tasks)
 
 STILL = np.array([0.0, 0.0, 0.0, -1.0])
 SIZE = 64
@@ -71,16 +74,83 @@ def test_both_faucet_tasks_begin_with_the_same_pictures(robot):
         for task in ('faucet-open', 'faucet-close'):
             robot.reset(task, seed)
             pictures.append(robot.observe().images)
-        for camera in sim.CAMERAS:
+        for camera in CAMERAS:
             np.testing.assert_array_equal(pictures[0][camera], pictures[1][camera])
 
 
-def test_no_goal_marker_changes_a_picture(robot):
+def test_no_goal_marker_changes_a_picture_of_a_task_that_shows_its_goal_otherwise(robot):
     robot.reset('drawer-open', 0)
     before = robot.observe().images
     robot._scene.env.data.site_xpos[:] = robot.observe(()).tool_position
     for camera, picture in robot.observe().images.items():
         np.testing.assert_array_equal(before[camera], picture)
+
+
+@pytest.mark.parametrize('task', ['reach', 'push', 'pick-place'])
+def test_a_goal_that_nothing_else_shows_is_seen_by_both_cameras(robot, task):
+    robot.reset(task, 1)
+    before = robot.observe().images
+    robot._scene.env.data.site('goal').xpos[:] = 9.0
+    for camera, picture in robot.observe().images.items():
+        assert (before[camera] != picture).any()
+
+
+def expert_episode(robot, task, seed, act=None):
+    """Run an episode of the expert, or of `act`, and return its last StepResult."""
+    robot.reset(task, seed)
+    for _ in range(sim.MAX_STEPS):
+        result = robot.step(robot.expert_action() if act is None else act(robot._scene.env))
+        if result.success:
+            break
+    return result
+
+
+@pytest.mark.parametrize('task', ['reach', 'push', 'pick-place', 'door-open', 'peg-insert-side'])
+def test_the_expert_succeeds_through_commands_at_40_hz(robot, task):
+    assert expert_episode(robot, task, sim.EVALUATION_SEED_START + 1).success
+
+
+@pytest.mark.parametrize('task', MULTIMODAL)
+def test_the_expert_takes_either_way_and_each_layout_is_shown_both_ways(robot, task):
+    shown = {}
+    for seed in range(6, 10):
+        result = expert_episode(robot, task, seed)
+        assert result.success and result.mode == robot.expert_mode
+        robot.reset(task, seed)
+        picture = robot.observe(['static']).images['static'].tobytes()
+        shown.setdefault(picture, []).append(result.mode)
+    assert [sorted(modes) for modes in shown.values()] == [['left', 'right']] * 2
+
+
+@pytest.mark.parametrize('task', MULTIMODAL)
+@pytest.mark.parametrize('share', [0.5, 0.35])
+def test_the_average_of_both_ways_fails(robot, task, share):
+    def average(env):
+        left, right = (env.expert_action(mode) for mode in ('left', 'right'))
+        return (share * left + (1 - share) * right) * sim.ACTION_SPACE.upper
+
+    for seed in (0, 3):
+        assert not expert_episode(robot, task, seed, average).success
+
+
+@pytest.mark.parametrize('task', MULTIMODAL)
+def test_six_steps_of_the_average_cannot_be_mended(robot, task):
+    steps = iter(range(sim.MAX_STEPS))
+
+    def late(env):
+        left, right = (env.expert_action(mode) for mode in ('left', 'right'))
+        return (left if next(steps) >= 6 else (left + right) / 2) * sim.ACTION_SPACE.upper
+
+    assert not expert_episode(robot, task, 0, late).success
+
+
+def test_groups_open_into_tasks_each_once():
+    assert len(MT10) == 10 and set(MT10) <= set(TASKS)
+    assert expand_tasks(['faucet-open', 'same-picture', 'multimodal']) == (
+        'faucet-open', 'faucet-close', *MULTIMODAL)
+    assert expand_tasks(['all']) == tuple(TASKS) and set(GROUPS['basic']) <= set(TASKS)
+    with pytest.raises(ValueError, match="unknown task 'mt11'"):
+        expand_tasks(['mt11'])
 
 
 def test_the_tool_moves_as_fast_as_commanded(robot):
@@ -113,7 +183,7 @@ def test_a_malformed_command_is_refused(robot, command):
 
 def test_an_unknown_task_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match='did you mean .drawer-open.*button-press-topdown'):
-        sim.check_task('drawer-opn')
+        check_task('drawer-opn')
 
 
 def test_project_finds_the_tool_in_the_static_picture(robot):
@@ -121,7 +191,7 @@ def test_project_finds_the_tool_in_the_static_picture(robot):
     tool = robot.observe(()).tool_position
     scene = robot._scene
     site = scene.env.model.site('endEffector').id
-    x, y = sim.project(tool[None], width=SIZE, height=SIZE)[0]
+    x, y = project(tool[None], width=SIZE, height=SIZE)[0]
     scene._options.sitegroup[:] = 1
     before = scene.render('static').astype(int)
     scene.env.data.site_xpos[site] = tool
@@ -135,7 +205,7 @@ def test_project_finds_the_tool_in_the_static_picture(robot):
 
 
 def test_project_gives_nan_behind_the_camera():
-    assert np.isnan(sim.project([[3.0, -2.0, 3.0]], width=SIZE, height=SIZE)).all()
+    assert np.isnan(project([[3.0, -2.0, 3.0]], width=SIZE, height=SIZE)).all()
 
 
 def test_a_recorded_demonstration_reads_back_with_every_topic_and_a_success(tmp_path):
@@ -159,6 +229,29 @@ def test_a_recorded_demonstration_reads_back_with_every_topic_and_a_success(tmp_
     assert last['/camera/static/image_raw'].data.size == SIZE * SIZE * 3
 
 
+def test_failed_episodes_are_kept_and_made_up_for(tmp_path, monkeypatch):
+    real, seeds = demonstrations._record_episode, []
+
+    def first_fails(robot, writer, shard, task, number, stamp_ns):
+        seeds.append(shard.first_seed + number)
+        stamp_ns, success = real(robot, writer, shard, task, number, stamp_ns)
+        return stamp_ns, success and number > 0
+
+    monkeypatch.setattr(demonstrations, '_record_episode', first_fails)
+    counts = demonstrations.record(tmp_path / 'bags', ['press-either'], episodes=2, image_size=16)
+    assert counts == {'press-either': (2, 3)} and seeds == [0, 1, 2]
+    ends = [{pair.key: pair.value for pair in message.values} for _, _, message in read_messages(
+        tmp_path / 'bags' / 'press-either_00', ['episode']) if message.message == 'success']
+    assert [end['seed'] for end in ends] == ['0', '1', '2']
+    assert {ends[0]['mode'], ends[1]['mode']} == {'left', 'right'}
+
+
+def test_recording_gives_up_after_three_attempts_for_each_success_wanted(tmp_path, monkeypatch):
+    monkeypatch.setattr(demonstrations, '_record_episode', lambda *a: (a[-1], False))
+    counts = demonstrations.record(tmp_path / 'bags', ['reach'], episodes=2, image_size=16)
+    assert counts == {'reach': (0, 6)}
+
+
 def test_the_disturbance_is_held_switched_and_spares_the_gripper():
     stream = demonstrations.disturbances(0.3, seed=3)
     values = np.stack([next(stream) for _ in range(400)])
@@ -166,6 +259,9 @@ def test_the_disturbance_is_held_switched_and_spares_the_gripper():
     assert 0.2 < (values[:, 0] == 0).mean() < 0.8
     changes = np.flatnonzero(np.diff(values[:, 0]))
     assert np.diff(changes).min() >= 3
+    quiet = demonstrations.disturbances(0.3, seed=3, quiet_steps=4)
+    assert not np.stack([next(quiet) for _ in range(4)]).any()
+    np.testing.assert_array_equal(np.stack([next(quiet) for _ in range(400)]), values)
 
 
 def test_evaluation_seeds_are_not_recorded(tmp_path):

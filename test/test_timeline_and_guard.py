@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from meanflow_ros.core.contract import (
     ActionChunk, ActionSpace, CameraSpec, RobotSpec, SafeChunk, TimedActions)
 from meanflow_ros.core.guard import Guard, Rejected
-from meanflow_ros.core.timeline import Timeline, steps_still_due
+from meanflow_ros.core.timeline import Timeline, due_or_still, steps_still_due
 
 LOWER, UPPER = np.array([-0.37, 12.5]), np.array([0.21, 13.7])
 ROBOT = RobotSpec(
@@ -78,6 +78,13 @@ def test_a_gap_wider_than_a_period_has_no_action():
     timeline = Timeline(period_ns=10)
     timeline.add(TimedActions(stamp_ns=0, due_ns=[0, 35], actions=[[1.0], [2.0]]))
     assert played(timeline, [9, 10, 34, 35]) == [1.0, None, None, 2.0]
+
+
+def test_without_a_due_action_the_robot_stands_still_and_keeps_its_grip():
+    last, due = np.array([0.31, -0.07, 0.83]), np.array([0.11, 0.0, -0.4])
+    np.testing.assert_array_equal(due_or_still(None, last), [0.0, 0.0, 0.83])
+    np.testing.assert_array_equal(due_or_still(due, last), due)
+    assert last.tolist() == [0.31, -0.07, 0.83]
 
 
 def test_clear_forgets_every_chunk():

@@ -49,3 +49,15 @@ class Timeline:
             if step >= 0 and now_ns < chunk.due_ns[step] + self._period_ns:
                 return chunk.actions[step]
         return None
+
+
+def due_or_still(due: np.ndarray | None, last: np.ndarray) -> np.ndarray:
+    """Return the action (A,) that is due; where none is, stand still and keep the gripper.
+
+    last: the command before, (A,): velocities, and the gripper as its last dimension.
+    """
+    if due is not None:
+        return due
+    still = np.zeros_like(last)
+    still[-1] = last[-1]
+    return still

@@ -21,7 +21,8 @@ from trajectory_msgs.msg import JointTrajectory
 from meanflow_ros.core.contract import TimedActions
 from meanflow_ros.ros import from_messages
 from meanflow_ros.ros.bag import BagWriter
-from meanflow_ros.sim.metaworld_robot import ACTION_SPACE, CAMERAS, PERIOD_S, project
+from meanflow_ros.sim.metaworld_robot import ACTION_SPACE, PERIOD_S
+from meanflow_ros.sim.scene import CAMERAS, project
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402

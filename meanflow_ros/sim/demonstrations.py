@@ -23,21 +23,16 @@ import numpy as np
 from tqdm import tqdm
 
 from meanflow_ros.core.contract import NANOSECONDS
-from meanflow_ros.ros.bag import TYPES, BagWriter
+from meanflow_ros.ros.bag import BagWriter
+from meanflow_ros.sim import messages
+from meanflow_ros.sim.messages import recorded
 from meanflow_ros.sim.metaworld_robot import (
-    ACTION_SPACE,
-    CAMERAS,
-    EVALUATION_SEED_START,
-    JOINTS,
-    MAX_STEPS,
-    PERIOD_S,
-    TASKS,
-    MetaWorldRobot,
-    RobotObservation,
-    check_task,
-)
+    ACTION_SPACE, EVALUATION_SEED_START, MAX_STEPS, PERIOD_S, MetaWorldRobot, RobotObservation)
+from meanflow_ros.sim.scene import CAMERAS
+from meanflow_ros.sim.tasks import BASIC, GROUPS, TASKS, expand_tasks
 
 STEPS_AFTER_SUCCESS = 12
+ATTEMPTS = 3   # for each success wanted, at most
 PERIOD_NS = round(PERIOD_S * NANOSECONDS)
 _START_NS = NANOSECONDS
 _GAP_NS = NANOSECONDS
@@ -46,11 +41,14 @@ _NOISE_STREAM = 1   # apart from the streams that Meta-World draws from the same
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
-    """What one worker records: every `step`-th episode of every task, from `index` on."""
+    """What one worker records: every `step`-th seed of every task, from `index` on.
+
+    wanted: successes of each task.
+    """
 
     path: Path
     tasks: tuple[str, ...]
-    episodes: int
+    wanted: int
     first_seed: int
     image_size: int
     noise: float
@@ -69,63 +67,39 @@ class _Writer:
     def __init__(self, bag: BagWriter):
         self._bag = bag
 
-    def _make(self, kind: str, **fields):
-        package, name = kind.split('/')
-        return TYPES.types[f'{package}/msg/{name}'](**fields)
-
-    def _header(self, stamp_ns: int, frame: str):
-        stamp = self._make('builtin_interfaces/Time', sec=stamp_ns // NANOSECONDS,
-                           nanosec=stamp_ns % NANOSECONDS)
-        return self._make('std_msgs/Header', stamp=stamp, frame_id=frame)
-
     def observation(self, observed: RobotObservation, stamp_ns: int) -> None:
-        self._bag.write('joint_states', self._make(
-            'sensor_msgs/JointState', header=self._header(stamp_ns, ''), name=list(JOINTS),
-            position=observed.joint_positions, velocity=observed.joint_velocities,
-            effort=np.zeros(0)), stamp_ns)
-        x, y, z = observed.tool_position
-        qw, qx, qy, qz = observed.tool_quaternion
-        self._bag.write('tool_pose', self._make(
-            'geometry_msgs/PoseStamped', header=self._header(stamp_ns, 'world'),
-            pose=self._make(
-                'geometry_msgs/Pose', position=self._make('geometry_msgs/Point', x=x, y=y, z=z),
-                orientation=self._make('geometry_msgs/Quaternion', x=qx, y=qy, z=qz, w=qw))),
-            stamp_ns)
-        for camera, image in observed.images.items():
-            height, width, channels = image.shape
-            self._bag.write(f'camera/{camera}/image_raw', self._make(
-                'sensor_msgs/Image', header=self._header(stamp_ns, f'camera_{camera}'),
-                height=height, width=width, encoding='rgb8', is_bigendian=0,
-                step=width * channels, data=image.ravel()), stamp_ns)
+        for topic, message in messages.sensed(recorded, observed, stamp_ns):
+            self._bag.write(topic, message, stamp_ns)
 
     def action(self, command: np.ndarray, stamp_ns: int) -> None:
         none = np.zeros(0)
-        point = self._make(
+        point = recorded(
             'trajectory_msgs/JointTrajectoryPoint', positions=command, velocities=none,
             accelerations=none, effort=none,
-            time_from_start=self._make('builtin_interfaces/Duration', sec=0, nanosec=0))
-        self._bag.write('action', self._make(
-            'trajectory_msgs/JointTrajectory', header=self._header(stamp_ns, ''),
+            time_from_start=recorded('builtin_interfaces/Duration', sec=0, nanosec=0))
+        self._bag.write('action', recorded(
+            'trajectory_msgs/JointTrajectory', header=messages.header(recorded, stamp_ns, ''),
             joint_names=list(ACTION_SPACE.dimensions), points=[point]), stamp_ns)
 
     def instruction(self, text: str, stamp_ns: int) -> None:
-        self._bag.write('instruction', self._make('std_msgs/String', data=text), stamp_ns)
+        self._bag.write('instruction', recorded('std_msgs/String', data=text), stamp_ns)
 
     def episode(self, task: str, message: str, stamp_ns: int, **values) -> None:
-        pairs = [self._make('diagnostic_msgs/KeyValue', key=key, value=str(value))
+        pairs = [recorded('diagnostic_msgs/KeyValue', key=key, value=str(value))
                  for key, value in values.items()]
-        self._bag.write('episode', self._make(
+        self._bag.write('episode', recorded(
             'diagnostic_msgs/DiagnosticStatus', level=0, name=task, message=message,
             hardware_id='sim_robot', values=pairs), stamp_ns)
 
 
-def disturbances(noise: float, seed: int) -> Iterator[np.ndarray]:
+def disturbances(noise: float, seed: int, *, quiet_steps: int = 0) -> Iterator[np.ndarray]:
     """Yield what to add to each command (4,): noise on the velocities, held and switched.
 
     noise: standard deviation as a share of the limits. A value is held for 3 to 8 steps; every
-    other one, on average, is zero.
+    other one, on average, is zero, and all of the first `quiet_steps`.
     """
     rng = np.random.default_rng([seed, _NOISE_STREAM])
+    yield from [np.zeros(ACTION_SPACE.size)] * quiet_steps
     while True:
         value = rng.normal(0.0, noise, ACTION_SPACE.size) * ACTION_SPACE.upper
         value[-1] = 0.0
@@ -137,25 +111,27 @@ def disturbances(noise: float, seed: int) -> Iterator[np.ndarray]:
 def _record_episode(robot: MetaWorldRobot, writer: _Writer, shard: _Shard, task: str,
                     number: int, stamp_ns: int) -> tuple[int, bool]:
     """Record one episode from `stamp_ns` on; return the stamp of its end, and success."""
-    seed = shard.first_seed + number
+    seed, kind = shard.first_seed + number, TASKS[task]
     robot.reset(task, seed)
     writer.episode(task, 'start', stamp_ns, episode=number, seed=seed)
-    writer.instruction(TASKS[task][1], stamp_ns)
-    disturbance = disturbances(shard.noise, seed)
+    writer.instruction(kind.instruction, stamp_ns)
+    disturbance = disturbances(shard.noise * kind.noise, seed, quiet_steps=kind.quiet_steps)
     reward, success, steps, end = 0.0, False, 0, MAX_STEPS
     while steps < end:
         cameras = CAMERAS if steps % shard.camera_every == 0 else ()
         command = robot.expert_action()
         writer.observation(robot.observe(cameras), stamp_ns)
         writer.action(command, stamp_ns)
-        result = robot.step(command + next(disturbance))
+        holds = kind.steady_grasp and command[-1] > 0
+        result = robot.step(command + (0.0 if holds else next(disturbance)))
         steps += 1
         stamp_ns += PERIOD_NS
         reward += result.reward
         if result.success and not success:
             success, end = True, steps + STEPS_AFTER_SUCCESS
+    mode = {'mode': result.mode} if kind.modes else {}
     writer.episode(task, 'success' if success else 'failure', stamp_ns, episode=number,
-                   seed=seed, steps=steps, reward=f'{reward:.3f}')
+                   seed=seed, steps=steps, reward=f'{reward:.3f}', **mode)
     return stamp_ns, success
 
 
@@ -166,11 +142,16 @@ def _record_shard(shard: _Shard, done: Callable[[str, bool], None]) -> None:
         for task, path in zip(shard.tasks, shard.bags()):
             with BagWriter(path) as bag:
                 writer, stamp_ns = _Writer(bag), _START_NS
-                for number in range(shard.index, shard.episodes, shard.step):
+                successes = 0
+                for attempt in range(ATTEMPTS * shard.wanted):
+                    number = shard.index + attempt * shard.step
                     stamp_ns, success = _record_episode(robot, writer, shard, task, number,
                                                         stamp_ns)
                     stamp_ns += _GAP_NS
                     done(task, success)
+                    successes += success
+                    if successes == shard.wanted:
+                        break
 
 
 def _worker(shard: _Shard, results) -> None:
@@ -223,27 +204,32 @@ def _run_workers(shards: Sequence[_Shard], done: Callable[[str, bool], None]) ->
                 worker.kill()
 
 
-def record(path: Path | str, tasks: Sequence[str] = tuple(TASKS), episodes: int = 50,
+def record(path: Path | str, tasks: Sequence[str] = BASIC, episodes: int = 50,
            first_seed: int = 0, image_size: int = 224, noise: float = 0.3, workers: int = 1,
            camera_every: int = 1) -> dict[str, tuple[int, int]]:
-    """Record `episodes` demonstrations of each task below `path`, one bag per task and worker.
+    """Record demonstrations below `path`, one bag per task and worker, until enough succeeded.
 
-    Episode i of every task has seed `first_seed + i`. noise: see `disturbances`. camera_every:
-    control steps from picture to picture. Returns task -> (successes, episodes). ValueError for
-    bad arguments or bags that exist, RuntimeError if the simulator does not work here.
+    tasks: names of tasks or groups. episodes: successes wanted of each task. Episode i of every
+    task has seed `first_seed + i`; those that fail are kept and marked so, and more are recorded,
+    `ATTEMPTS` for each success wanted at most. noise: see `disturbances`; a task may bear a share
+    of it only. camera_every: control steps from picture to picture. Returns task -> (successes,
+    episodes). ValueError for bad arguments or bags that exist, RuntimeError if the simulator does
+    not work here.
     """
+    tasks = expand_tasks(tasks)
     for name, value, low in (('episodes', episodes, 1), ('workers', workers, 1),
                              ('camera_every', camera_every, 1), ('first_seed', first_seed, 0)):
         if value < low:
             raise ValueError(f'{name} must be at least {low}, got {value}')
-    if first_seed + episodes > EVALUATION_SEED_START:
+    last_seed = first_seed + ATTEMPTS * (episodes + workers) - 1
+    if last_seed >= EVALUATION_SEED_START:
         raise ValueError(f'seeds from {EVALUATION_SEED_START} on are kept for evaluation, '
-                         f'got {first_seed} to {first_seed + episodes - 1}')
+                         f'got {first_seed} up to {last_seed} where attempts fail')
     if not 0.0 <= noise <= 2.0:
         raise ValueError(f'noise must be 0 to 2, got {noise}')
     workers = min(workers, episodes)
-    shards = [_Shard(path=Path(path), tasks=tuple(check_task(task) for task in tasks),
-                     episodes=episodes, first_seed=first_seed, image_size=image_size,
+    shards = [_Shard(path=Path(path), tasks=tasks, first_seed=first_seed,
+                     wanted=len(range(index, episodes, workers)), image_size=image_size,
                      noise=noise, camera_every=camera_every, index=index, step=workers)
               for index in range(workers)]
     for bag in (bag for shard in shards for bag in shard.bags()):
@@ -253,7 +239,7 @@ def record(path: Path | str, tasks: Sequence[str] = tuple(TASKS), episodes: int 
     with tqdm(total=episodes * len(tasks), unit='episode', file=sys.stderr) as bar:
         def done(task: str, success: bool) -> None:
             counts[task][success] += 1
-            bar.update()
+            bar.update(success)
 
         if workers == 1:
             _record_shard(shards[0], done)
@@ -270,9 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                f'instruction, action, episode. A 224 pixel episode takes a few MB.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('path', type=Path, help='directory for the bags; created if missing')
-    parser.add_argument('--tasks', nargs='+', default=list(TASKS), choices=TASKS,
-                        metavar='TASK', help=f'which of: {", ".join(TASKS)}')
-    parser.add_argument('--episodes', type=int, default=50, help='episodes of each task')
+    parser.add_argument('--tasks', nargs='+', default=['basic'], choices=[*TASKS, *GROUPS],
+                        metavar='TASK', help=f'which of: {", ".join(TASKS)}; or groups: '
+                        f'{", ".join(GROUPS)}')
+    parser.add_argument('--episodes', type=int, default=50,
+                        help='demonstrations of each task that succeed')
     parser.add_argument('--first-seed', type=int, default=0,
                         help=f'seed of the first episode; they end below {EVALUATION_SEED_START}')
     parser.add_argument('--image-size', type=int, default=224, help='pixels, both sides')

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import importlib
 import signal
 import sys
 import threading
@@ -41,19 +42,13 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from meanflow_ros.core.contract import NANOSECONDS, TimedActions
-from meanflow_ros.core.timeline import Timeline
+from meanflow_ros.core.timeline import Timeline, due_or_still
 from meanflow_ros.ros import from_messages, to_messages
+from meanflow_ros.sim import messages
 from meanflow_ros.sim.metaworld_robot import (
-    ACTION_SPACE,
-    CAMERAS,
-    JOINTS,
-    MAX_STEPS,
-    PERIOD_S,
-    TASKS,
-    MetaWorldRobot,
-    RobotObservation,
-    check_task,
-)
+    ACTION_SPACE, MAX_STEPS, PERIOD_S, MetaWorldRobot, RobotObservation)
+from meanflow_ros.sim.scene import CAMERAS
+from meanflow_ros.sim.tasks import TASKS, check_task
 
 PERIOD_NS = round(PERIOD_S * NANOSECONDS)
 STEPS_AFTER_SUCCESS = 4
@@ -116,7 +111,7 @@ class SimParameters:
     @property
     def spoken(self) -> str:
         """Return what the robot is told."""
-        return self.instruction or TASKS[self.task][1]
+        return self.instruction or TASKS[self.task].instruction
 
 
 def _describe(name: str, default, description: str, limits) -> ParameterDescriptor:
@@ -128,6 +123,14 @@ def _describe(name: str, default, description: str, limits) -> ParameterDescript
         descriptor.integer_range = [
             IntegerRange(from_value=limits[0], to_value=limits[1], step=1)]
     return descriptor
+
+
+def _live(kind: str, **fields):
+    """Return a message of rclpy; see `messages`."""
+    package, name = kind.split('/')
+    if name == 'Image':   # a list of numbers would be checked one by one
+        fields['data'] = array.array('B', fields['data'].tobytes())
+    return getattr(importlib.import_module(f'{package}.msg'), name)(**fields)
 
 
 class SimNode(Node):
@@ -154,10 +157,9 @@ class SimNode(Node):
         reliable = QoSProfile(depth=10)
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._clock_publisher = self.create_publisher(Clock, '/clock', reliable)
-        self._images = {camera: self.create_publisher(Image, f'camera/{camera}/image_raw',
-                                                      reliable) for camera in CAMERAS}
-        self._joints = self.create_publisher(JointState, 'joint_states', reliable)
-        self._tool = self.create_publisher(PoseStamped, 'tool_pose', reliable)
+        self._sensors = {topic: self.create_publisher(kind, topic, reliable) for topic, kind in (
+            ('joint_states', JointState), ('tool_pose', PoseStamped),
+            *((f'camera/{camera}/image_raw', Image) for camera in CAMERAS))}
         self._instruction = self.create_publisher(String, 'instruction', latched)
         self._episodes = self.create_publisher(DiagnosticStatus, 'episode', reliable)
         self.create_subscription(JointTrajectory, 'action_chunk', self._on_chunk, reliable)
@@ -188,7 +190,8 @@ class SimNode(Node):
         """Return the next episode if `auto_reset` is on and a camera has a subscriber."""
         if not self.get_parameter('auto_reset').value:
             return None
-        if not any(camera.get_subscription_count() for camera in self._images.values()):
+        if not any(publisher.get_subscription_count() for topic, publisher
+                   in self._sensors.items() if topic.startswith('camera/')):
             return None
         settings = self.settings()
         return dataclasses.replace(settings, seed=settings.seed + self._episode)
@@ -267,7 +270,7 @@ class SimNode(Node):
             answered = self._take_chunks(start_ns) or answered
             due = self._timeline.at(self._now_ns)
             starved += due is None
-            command = np.array([0.0, 0.0, 0.0, command[-1]]) if due is None else due
+            command = due_or_still(due, command)
             result = robot.step(command)
             steps += 1
             reward += result.reward
@@ -277,6 +280,8 @@ class SimNode(Node):
             self._advance(None if settings.lockstep and answered else factor)
 
         told |= {'steps': steps, 'reward': f'{reward:.3f}', 'starved_steps': starved}
+        if TASKS[settings.task].modes:
+            told['mode'] = result.mode if success else ''
         if steps < end:
             told['stopped'] = 'before its end'
         outcome = 'success' if success else 'failure'
@@ -331,26 +336,8 @@ class SimNode(Node):
             task, DiagnosticStatus.OK, message, 'sim_robot', values))
 
     def _publish_state(self, observed: RobotObservation) -> None:
-        stamp = to_messages.time(self._now_ns)
-        joints = JointState(name=JOINTS, position=observed.joint_positions,
-                            velocity=observed.joint_velocities)
-        joints.header.stamp = stamp
-        self._joints.publish(joints)
-        tool = PoseStamped()
-        tool.header.stamp, tool.header.frame_id = stamp, 'world'
-        position, orientation = tool.pose.position, tool.pose.orientation
-        position.x, position.y, position.z = observed.tool_position.tolist()
-        orientation.w, orientation.x, orientation.y, orientation.z = \
-            observed.tool_quaternion.tolist()
-        self._tool.publish(tool)
-        for camera, pixels in observed.images.items():
-            height, width, channels = pixels.shape
-            image = Image(height=height, width=width, encoding='rgb8', step=width * channels)
-            image.header.stamp, image.header.frame_id = stamp, f'camera_{camera}'
-            data = array.array('B')   # a list of numbers would be checked one by one
-            data.frombytes(pixels.tobytes())
-            image.data = data
-            self._images[camera].publish(image)
+        for topic, message in messages.sensed(_live, observed, self._now_ns):
+            self._sensors[topic].publish(message)
 
     def close(self) -> None:
         """Free the renderers and the node."""

@@ -1,0 +1,200 @@
+"""Scenes with two equally good ways, where the average of the two fails.
+
+Neither picture nor instruction tells which way a demonstration takes. Every layout belongs to two
+seeds, 2 n and 2 n + 1, and is shown once each way, in random order: what is seen never tells
+the way. Half-way between the ways stands something that ends the attempt: a wall, or a gap between
+two posts. Importing this file needs Meta-World.
+"""
+
+from __future__ import annotations
+
+import mujoco
+import numpy as np
+from gymnasium.spaces import Box
+from metaworld.asset_path_utils import full_V3_path_for
+from metaworld.sawyer_xyz_env import SawyerXYZEnv
+
+_MODE_STREAM = 2   # apart from the streams that draw the layout and the disturbance
+_SIDES = {'left': -1.0, 'right': 1.0}
+_CLOSED = 1.0
+_TIP = np.array([0.0, 0.0, -0.045])   # lower end of the fingers, m from the hand
+_SOLID = {'contype': 0, 'conaffinity': 1, 'group': 1}   # stops the hand, not one another
+
+
+class _TwoModes(SawyerXYZEnv):
+    """A table with things of our own on it, and a scripted expert that goes the way drawn.
+
+    mode: 'left' or 'right', what the expert of the seed does. mode_taken: what was done so far, ''
+    before it shows.
+    """
+
+    hand_start: tuple[float, float, float]
+    layout_low: tuple[float, ...]
+    layout_high: tuple[float, ...]
+
+    def __init__(self, seed: int = 0):
+        super().__init__(hand_low=(-0.4, 0.4, 0.05), hand_high=(0.4, 1.0, 0.5))
+        self.hand_init_pos = np.array(self.hand_start)
+        self.goal_space = Box(np.array([-0.5, 0.4, 0.0]), np.array([0.5, 1.0, 0.5]),
+                              dtype=np.float64)
+        self._target_pos = np.zeros(3)
+        self._random_reset_space = Box(np.array(self.layout_low), np.array(self.layout_high),
+                                       dtype=np.float64)
+        self._partially_observable = False
+        self._set_task_called = True
+        self.seed(seed)
+
+    @property
+    def model_name(self) -> str:
+        return full_V3_path_for('sawyer_xyz/sawyer_reach_v3.xml')
+
+    def _initialize_simulation(self):
+        spec = mujoco.MjSpec.from_file(self.fullpath)
+        spec.detach_body(spec.body('obj'))
+        self._furnish(spec.worldbody)
+        model = spec.compile()
+        return model, mujoco.MjData(model)
+
+    def seed(self, seed: int) -> list[int]:
+        """Seed the layout, the same for 2 n and 2 n + 1, and draw the expert's way."""
+        first = np.random.default_rng([seed // 2, _MODE_STREAM]).integers(2)
+        self.mode = tuple(_SIDES)[(first + seed) % 2]
+        return super().seed(seed // 2)
+
+    def reset_model(self) -> np.ndarray:
+        self._arrange(self._get_state_rand_vec())
+        self._reset_hand()
+        self.mode_taken = ''
+        self._failed = False
+        return self._get_obs()
+
+    def evaluate_state(self, obs, action) -> tuple[float, dict]:
+        del obs, action
+        success = self._judge() and not self._failed
+        return 10.0 * success, {'success': float(success)}
+
+    def _get_pos_objects(self) -> np.ndarray:
+        return np.zeros(3)   # the expert reads the scene itself
+
+    def _get_quat_objects(self) -> np.ndarray:
+        return np.array([0.0, 0.0, 0.0, 1.0])
+
+    def _touched(self, geom: str) -> bool:
+        return bool((self.data.contact.geom == self.model.geom(geom).id).any())
+
+    def _furnish(self, world) -> None:
+        raise NotImplementedError
+
+    def _arrange(self, layout: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def _judge(self) -> bool:
+        """Note the mode taken and what went wrong; return whether the goal is reached."""
+        raise NotImplementedError
+
+    def expert_action(self, mode: str) -> np.ndarray:
+        """Return the action (4,) of -1 to 1 of an expert that goes `mode`."""
+        raise NotImplementedError
+
+    def _towards(self, target: np.ndarray) -> np.ndarray:
+        """Return the action that leads the hand to `target` in a straight line."""
+        offset = target - self.get_endeff_pos()
+        return np.array([*offset / max(0.05, np.abs(offset).max()), _CLOSED])
+
+
+class PassWall(_TwoModes):
+    """Touch the ball behind a wall; touching the wall fails. It is too tall to go over."""
+
+    hand_start = (0.0, 0.59, 0.12)
+    layout_low, layout_high = (-0.01, -0.05, 0.85), (0.01, 0.05, 0.88)   # wall x, ball x, y
+    _WALL = np.array([0.025, 0.01, 0.2])   # half sizes
+    _WALL_Y = 0.73
+    _BALL_RADIUS = 0.035
+    _ASIDE = 0.16   # of the wall's middle, where the hand passes
+    _PAST_Y = 0.81
+
+    def _furnish(self, world) -> None:
+        wall = world.add_body(name='wall', pos=[0.0, self._WALL_Y, self._WALL[2]])
+        wall.add_geom(name='wall', type=mujoco.mjtGeom.mjGEOM_BOX, size=self._WALL,
+                      rgba=[0.75, 0.35, 0.2, 1.0], **_SOLID)
+        ball = world.add_body(name='ball', pos=[0.0, 0.9, 0.08])
+        ball.add_geom(name='ball', type=mujoco.mjtGeom.mjGEOM_SPHERE,
+                      size=[self._BALL_RADIUS, 0.0, 0.0], rgba=[0.1, 0.3, 0.9, 1.0], **_SOLID)
+        ball.add_geom(type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[0.008, 0.04, 0.0],
+                      pos=[0.0, 0.0, -0.04], rgba=[0.3, 0.3, 0.3, 1.0], **_SOLID)
+
+    def _arrange(self, layout: np.ndarray) -> None:
+        self._wall_x = layout[0]
+        self._target_pos = np.array([layout[1], layout[2], 0.08])
+        self.model.body('wall').pos[0] = self._wall_x
+        self.model.body('ball').pos[:] = self._target_pos
+
+    def _judge(self) -> bool:
+        x, y, _ = self.get_endeff_pos()
+        if not self.mode_taken and y > self._WALL_Y:
+            self.mode_taken = 'left' if x < self._wall_x else 'right'
+        self._failed = self._failed or self._touched('wall')
+        return self._touched('ball')
+
+    def expert_action(self, mode: str) -> np.ndarray:
+        hand = self.get_endeff_pos()
+        height = self.hand_start[2]
+        aside = self._wall_x + _SIDES[mode] * self._ASIDE
+        if hand[1] < self._WALL_Y - 0.02:
+            return self._towards(np.array([aside, self._WALL_Y + 0.01, height]))
+        if hand[1] < self._PAST_Y:
+            return self._towards(np.array([aside, self._PAST_Y + 0.05, height]))
+        if self._touched('ball'):
+            return np.array([0.0, 0.0, 0.0, _CLOSED])
+        return self._towards(np.array([*self._target_pos[:2], height]))
+
+
+class PressEither(_TwoModes):
+    """Press one of two equal buttons; between them is a slot that leads to neither."""
+
+    hand_start = (0.0, 0.65, 0.25)
+    layout_low, layout_high = (-0.01, 0.62), (0.01, 0.68)   # middle of the two
+    _APART = 0.08   # of a button from the middle
+    _RADIUS = 0.03
+    _CHEEK = np.array([0.004, 0.035, 0.06])   # half sizes of the slot's sides
+    _POST = 0.05    # half height
+    _TRAVEL = 0.015
+    _PRESSED = 0.01
+    _BELOW = 0.03   # of the button's top, where the expert aims
+
+    def _furnish(self, world) -> None:
+        cylinder = mujoco.mjtGeom.mjGEOM_CYLINDER
+        for side, sign in _SIDES.items():
+            post = world.add_body(name=side, pos=[sign * self._APART, 0.65, self._POST])
+            post.add_geom(type=cylinder, size=[self._RADIUS, self._POST, 0.0],
+                          rgba=[0.35, 0.35, 0.35, 1.0], friction=[0.1, 0.0, 0.0], **_SOLID)
+            post.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=self._CHEEK,
+                          pos=[-sign * (self._RADIUS + self._CHEEK[0]), 0.0,
+                               self._CHEEK[2] - self._POST],
+                          rgba=[0.35, 0.35, 0.35, 1.0], friction=[0.1, 0.0, 0.0], **_SOLID)
+            button = post.add_body(name=f'{side}_button', pos=[0.0, 0.0, self._POST + 0.01],
+                                   mass=0.05, inertia=[1e-5] * 3, explicitinertial=True)
+            button.add_joint(name=f'{side}_button', type=mujoco.mjtJoint.mjJNT_SLIDE,
+                             axis=[0.0, 0.0, -1.0], range=[0.0, self._TRAVEL], limited=True,
+                             stiffness=100.0, damping=5.0, armature=0.01)
+            button.add_geom(type=cylinder, size=[self._RADIUS, 0.01, 0.0],
+                            rgba=[0.9, 0.1, 0.1, 1.0], friction=[0.1, 0.0, 0.0], **_SOLID)
+
+    def _arrange(self, layout: np.ndarray) -> None:
+        self._middle = layout
+        for side, sign in _SIDES.items():
+            self.model.body(side).pos[:2] = layout + [sign * self._APART, 0.0]
+
+    def _judge(self) -> bool:
+        for side in _SIDES:
+            if self.data.joint(f'{side}_button').qpos[0] > self._PRESSED:
+                self.mode_taken = self.mode_taken or side
+        return bool(self.mode_taken)
+
+    def expert_action(self, mode: str) -> np.ndarray:
+        top = 2 * self._POST + 0.02
+        button = [self._middle[0] + _SIDES[mode] * self._APART, self._middle[1]]
+        return self._towards(np.array([*button, top - self._BELOW]) - _TIP)
+
+
+SCENES = (PassWall, PressEither)
