@@ -99,11 +99,11 @@ def pose(time_ns: int) -> dict[str, float]:
 
 
 def pixels(camera: str, number: int, height: int = 16, width: int = 20) -> np.ndarray:
-    """Return smooth pixels (H, W, 3) that differ by camera and number."""
+    """Return smooth pixels (H, W, 3) whose brightness tells camera and number."""
     rows, columns = np.mgrid[:height, :width]
-    phase = number * 7 + (100 if camera == 'wrist' else 3)
-    return np.stack([(rows * 5 + phase) % 200, (columns * 4 + phase) % 190,
-                     np.full_like(rows, phase % 180)], axis=-1).astype(np.uint8)
+    brightness = number * 7 % 147 + (20 if camera == 'wrist' else 3)
+    return np.stack([brightness + rows, brightness + columns, np.full_like(rows, brightness + 5)],
+                    axis=-1).astype(np.uint8)
 
 
 class Scene:

@@ -5,12 +5,9 @@ import errno
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
+import child
 import made_bags as made
 import numpy as np
 import pytest
@@ -572,62 +569,30 @@ def test_a_full_disk_is_said_so_and_leaves_no_cache(bags, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-BUILD = """
-import sys
-from pathlib import Path
-from made_bags import ROBOT
-from meanflow_ros.training.cache import build_cache
-from meanflow_ros.training.data_config import DataConfig
-from meanflow_ros.training.recordings import find_recordings
-if __name__ == '__main__':
-    try:
-        build_cache(find_recordings(sys.argv[1]), ROBOT, DataConfig(), 32, sys.argv[2], 2,
-                    progress=lambda *entry: print(*entry, flush=True))
-    except KeyboardInterrupt:
-        sys.exit(130)
-"""
-
-
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize('number, workers', [(signal.SIGINT, 2), (signal.SIGKILL, 1)])
 def test_a_build_that_is_stopped_in_the_middle_leaves_nothing_that_is_believed(
-        bags, tmp_path, number):
-    for i in range(4):
-        simple_bag(tmp_path / 'bags' / f'{i}', episodes=40, length_ns=100 * MS)
-    script = tmp_path / 'build.py'
-    script.write_text(BUILD)
-    process = subprocess.Popen(
-        [sys.executable, script, tmp_path / 'bags', tmp_path / 'x'], stdout=subprocess.PIPE,
-        start_new_session=True, text=True, stderr=subprocess.PIPE,
-        env={**os.environ, 'PYTHONPATH': os.pathsep.join(
-            [str(Path(__file__).parent), str(Path(__file__).parents[1])])})
-    assert process.stdout.readline()
+        tmp_path, number, workers):
+    for i in range(3):
+        simple_bag(tmp_path / 'bags' / f'{i}', episodes=60, length_ns=100 * MS)
+    heard, said = multiprocessing.get_context('fork').Pipe(duplex=False)
+
+    def build():
+        build_cache(find_recordings(tmp_path / 'bags'), ROBOT, DataConfig(), SIZE, tmp_path / 'x',
+                    workers, progress=lambda *entry: said.send(entry))
+
+    process = child.start(build, errors=tmp_path / 'errors.txt')
+    assert heard.poll(30)
     os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
-    assert not (tmp_path / 'x').exists() and 'Traceback' not in errors
+    process.join(30)
+    assert process.exitcode == (130 if number == signal.SIGINT else -number)
+    assert not (tmp_path / 'x').exists()
+    child.wait_until_alone(process.pid)
     if number == signal.SIGINT:
-        assert sorted(path.name for path in tmp_path.iterdir()) == ['bags', 'build.py']
-    until_alone(process.pid)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ['bags', 'errors.txt']
+        assert (tmp_path / 'errors.txt').read_text() == ''
     build_cache(find_recordings(tmp_path / 'bags')[:1], ROBOT, DataConfig(), SIZE, tmp_path / 'x')
-    assert len(open_cache(tmp_path / 'x').episode_names) == 40
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['bags', 'build.py', 'x']
-
-
-def until_alone(session: int, timeout_s: float = 10.0) -> None:
-    """Wait until every process of a session has ended."""
-    end = time.monotonic() + timeout_s
-    while any(is_of(entry.name, session) for entry in Path('/proc').iterdir()
-              if entry.name.isdigit()):
-        assert time.monotonic() < end, 'a worker has outlived its parent'
-        time.sleep(0.05)
-
-
-def is_of(pid: str, session: int) -> bool:
-    try:
-        fields = Path('/proc', pid, 'stat').read_text().rpartition(')')[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return int(fields[3]) == session and fields[0] != 'Z'
+    assert len(open_cache(tmp_path / 'x').episode_names) == 60
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['bags', 'errors.txt', 'x']
 
 
 def test_two_builders_of_one_cache_do_not_disturb_each_other(bags, tmp_path):

@@ -62,6 +62,18 @@ class Episode:
         return len(self.mask)
 
 
+def held_at(stamps_ns: np.ndarray, times_ns: np.ndarray, slack_ns: int) -> np.ndarray:
+    """Return the index into `stamps_ns` (M,) of what holds at `times_ns` (...), -1 before all.
+
+    slack_ns: how much later something may come and still be taken, if it is the nearer one.
+    """
+    held = np.searchsorted(stamps_ns, times_ns, side='right') - 1
+    following = np.minimum(held + 1, len(stamps_ns) - 1)
+    ahead = stamps_ns[following] - times_ns
+    since = np.where(held < 0, np.iinfo(np.int64).max, times_ns - stamps_ns[held])
+    return np.where((ahead >= 0) & (ahead <= slack_ns) & (ahead < since), following, held)
+
+
 class ActionStream:
     """The commands of one topic during one episode, by the time at which each was due."""
 
@@ -106,12 +118,7 @@ class ActionStream:
         slack_ns: how much later a command may come and still be taken, see the module. Before
         the first command the value is the first; after the last it is the last.
         """
-        stamps = np.array(self._due_ns, np.int64)
-        held = np.searchsorted(stamps, due_ns, side='right') - 1
-        following = np.minimum(held + 1, len(stamps) - 1)
-        ahead = stamps[following] - due_ns
-        since = np.where(held < 0, np.iinfo(np.int64).max, due_ns - stamps[held])
-        chosen = np.where((ahead >= 0) & (ahead <= slack_ns) & (ahead < since), following, held)
+        chosen = held_at(np.array(self._due_ns, np.int64), due_ns, slack_ns)
         return np.stack(self._values)[np.maximum(chosen, 0)], chosen >= 0
 
     def end_ns(self) -> int:

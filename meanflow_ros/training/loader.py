@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from meanflow_ros.training.cache import Batch, PairDataset
+from meanflow_ros.training.pairs import Batch, PairDataset
 
 RESIDENT_SHARE = 0.25
 UPLOAD_ROWS = 1024

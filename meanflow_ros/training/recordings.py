@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from meanflow_ros.core.contract import RobotSpec
@@ -63,10 +63,18 @@ def read_episodes(path: Path | str, robot: RobotSpec, data: DataConfig, size: in
     """
     path = Path(path)
     if is_lerobot(path):
-        from meanflow_ros.training.lerobot import read_lerobot  # its packages are optional
-        yield from read_lerobot(path, robot, data, size, part)
+        yield from _lerobot_reader()(path, robot, data, size, part)
     elif part[0] == 0:
         yield from read_bag_pairs(path, robot, data, size)
+
+
+def _lerobot_reader() -> Callable[..., Iterator[Episode | Skipped]]:
+    try:
+        from meanflow_ros.training.lerobot import read_lerobot
+    except ImportError as error:
+        raise ValueError(f'LeRobot data sets need packages that are not installed ({error}): '
+                         f"pip install 'meanflow_ros[lerobot]'") from None
+    return read_lerobot
 
 
 def parts_of(path: Path, workers: int) -> int:
