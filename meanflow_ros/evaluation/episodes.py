@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ class EpisodeResult:
     """How one episode went.
 
     starved_steps: control steps without a due action. Latencies are those of the network, ms;
-    nan where no chunk was made.
+    nan where no chunk was made. mode: how a success was done, where the task leaves it open.
     """
 
     task: str
@@ -24,6 +25,7 @@ class EpisodeResult:
     chunks: int
     latency_p50_ms: float
     latency_p99_ms: float
+    mode: str = ''
 
 
 def success_interval(successes: int, total: int) -> tuple[float, float]:
@@ -35,8 +37,11 @@ def success_interval(successes: int, total: int) -> tuple[float, float]:
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))
 
 
-def summarize(results: list[EpisodeResult]) -> dict[str, dict[str, float]]:
-    """Return per task the success rate, its interval, median steps and network latency."""
+def summarize(results: list[EpisodeResult]) -> dict[str, dict[str, object]]:
+    """Return per task the success rate, its interval, median steps and network latency.
+
+    Where successes have modes, `modes` counts them.
+    """
     summary = {}
     for task in dict.fromkeys(result.task for result in results):
         own = [result for result in results if result.task == task]
@@ -46,14 +51,19 @@ def summarize(results: list[EpisodeResult]) -> dict[str, dict[str, float]]:
             'episodes': len(own), 'successes': successes, 'rate': successes / len(own),
             'low': low, 'high': high, 'steps': float(np.median([r.steps for r in own])),
             'latency_p50_ms': float(np.median([r.latency_p50_ms for r in own]))}
+        modes = Counter(result.mode for result in own if result.mode)
+        if modes:
+            summary[task]['modes'] = dict(sorted(modes.items()))
     return summary
 
 
-def print_summary(summary: dict[str, dict[str, float]]) -> None:
+def print_summary(summary: dict[str, dict[str, object]]) -> None:
     """Print a table of what `summarize` returned."""
     print(f'{"task":22} {"success":>9} {"rate":>6}  {"95 % interval":15} {"steps":>6} '
           f'{"p50 ms":>7}')
     for task, row in summary.items():
+        modes = ', '.join(f'{mode} {count / row["successes"]:.0%}'
+                          for mode, count in row.get('modes', {}).items())
         print(f'{task:22} {row["successes"]:>4}/{row["episodes"]:<4} {row["rate"]:6.1%}  '
               f'{row["low"]:6.1%} - {row["high"]:6.1%} {row["steps"]:6.0f} '
-              f'{row["latency_p50_ms"]:7.1f}')
+              f'{row["latency_p50_ms"]:7.1f}  {modes}'.rstrip())

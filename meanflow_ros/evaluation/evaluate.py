@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,64 +18,70 @@ from tqdm import tqdm
 from meanflow_ros.core.policy import Policy
 from meanflow_ros.evaluation.episodes import EpisodeResult, print_summary, summarize
 from meanflow_ros.paths import default_checkpoint
-from meanflow_ros.sim.metaworld_robot import (
-    EVALUATION_SEED_START, PERIOD_S, TASKS, MetaWorldRobot)
-
-OPPOSITE = {'faucet-open': 'faucet-close', 'faucet-close': 'faucet-open',
-            'drawer-open': 'drawer-close', 'drawer-close': 'drawer-open',
-            'window-open': 'window-close', 'window-close': 'window-open'}
+from meanflow_ros.sim.metaworld_robot import EVALUATION_SEED_START, PERIOD_S
+from meanflow_ros.sim.scene import CAMERAS
+from meanflow_ros.sim.tasks import BASIC, GROUPS, OPPOSITE, TASKS, expand_tasks
 
 
 def instruction_of(task: str) -> str:
     """Return the words that a task's demonstrations were recorded with."""
-    return TASKS[task][1]
+    return TASKS[task].instruction
 
 
-def _through_the_node(arguments: argparse.Namespace, checkpoint: Path, jobs):
-    """Yield the result of each job: the node and the robot are processes of their own."""
+def _through_the_node(arguments: argparse.Namespace, checkpoint: Path, jobs,
+                      progress: Callable[[EpisodeResult], None]) -> list[EpisodeResult]:
+    """Return the result of each job: the node and the robot are processes of their own."""
     from meanflow_ros.evaluation.system import System
     policy = {'checkpoint': checkpoint, 'device': arguments.device,
               'sampler_steps': arguments.sampler_steps, 'seed': arguments.seed}
     logs = Path(tempfile.mkdtemp(prefix='evaluate-'))
     with System(logs, policy=policy, sim={'camera_period_s': arguments.camera_period}) as system:
+        results = []
         for job in jobs:
-            yield system.run_episode(*job)
+            results.append(system.run_episode(*job))
+            progress(results[-1])
+    return results
 
 
-def _in_this_process(arguments: argparse.Namespace, checkpoint: Path, jobs):
-    """Yield the result of each job without ROS: the same policy, guard and timeline."""
-    from meanflow_ros.evaluation.closed_loop import run_episode
-    if arguments.device == 'auto':
-        arguments.device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    policy = Policy.load(checkpoint, device=arguments.device)
-    robot = MetaWorldRobot()
-    for job in jobs:
-        yield run_episode(policy, robot, *job, sampler_steps=arguments.sampler_steps or None,
-                          noise_seed=arguments.seed,
-                          camera_every=max(1, round(arguments.camera_period / PERIOD_S)))
-    robot.close()
+def _without_ros(arguments: argparse.Namespace, checkpoint: Path, jobs,
+                 progress: Callable[[EpisodeResult], None]) -> list[EpisodeResult]:
+    """Return the result of each job: many robots, one policy, and its guard and timeline."""
+    from meanflow_ros.evaluation.closed_loop import Job, PolicyActs, run_episodes
+    device = arguments.device
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    act = PolicyActs(Policy.load(checkpoint, device=device), arguments.sampler_steps or None)
+    jobs = [Job(policy='policy', task=task, seed=seed, instruction=instruction,
+                noise_seed=arguments.seed, blank_cameras=tuple(arguments.blank_camera))
+            for task, seed, instruction in jobs]
+    return run_episodes({'policy': act}, jobs, arguments.workers, progress=progress,
+                        camera_every=max(1, round(arguments.camera_period / PERIOD_S)))
 
 
 def evaluate_sim(arguments: argparse.Namespace) -> int:
     """Run episodes on unseen seeds; print a table and write JSON."""
-    results: list[EpisodeResult] = []
     checkpoint = arguments.checkpoint or default_checkpoint()
     told = OPPOSITE if arguments.swap_instructions else {}
     jobs = [(task, EVALUATION_SEED_START + number, instruction_of(told.get(task, task)))
             for number in range(arguments.episodes) for task in arguments.tasks]
-    run = _in_this_process if arguments.in_process else _through_the_node
-    with tqdm(total=len(jobs), desc='episodes', file=sys.stderr) as progress:
-        for result in run(arguments, checkpoint, jobs):
-            results.append(result)
-            progress.update()
-            progress.set_postfix_str(f'{sum(r.success for r in results)}/{len(results)} succeeded')
+    run = _without_ros if arguments.in_process else _through_the_node
+    successes = 0
+    with tqdm(total=len(jobs), desc='episodes', file=sys.stderr) as bar:
+        def progress(result: EpisodeResult) -> None:
+            nonlocal successes
+            successes += result.success
+            bar.update()
+            bar.set_postfix_str(f'{successes}/{bar.n} succeeded')
+
+        results = run(arguments, checkpoint, jobs, progress)
     summary = summarize(results)
     print_summary(summary)
     if arguments.out:
         document = {
             'checkpoint': str(checkpoint), 'in_process': arguments.in_process,
             'sampler_steps': arguments.sampler_steps, 'camera_period_s': arguments.camera_period,
-            'swap_instructions': arguments.swap_instructions, 'machine': platform.processor(),
+            'swap_instructions': arguments.swap_instructions,
+            'blank_cameras': arguments.blank_camera, 'machine': platform.processor(),
             'torch': torch.__version__, 'summary': summary,
             'episodes': [asdict(result) for result in results]}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +100,9 @@ def _parse(argv) -> argparse.Namespace:
         'the policy node in a process of its own.')
     sim.add_argument('--checkpoint', type=Path,
                      help='checkpoint directory (default: the one that ships)')
-    sim.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS), metavar='TASK',
-                     help=f'default all: {", ".join(TASKS)}')
+    sim.add_argument('--tasks', nargs='+', choices=[*TASKS, *GROUPS], default=['basic'],
+                     metavar='TASK', help=f'of {", ".join(TASKS)}; or groups: '
+                     f'{", ".join(GROUPS)} (default basic: {", ".join(BASIC)})')
     sim.add_argument('--episodes', type=int, default=50, help='per task (default 50)')
     sim.add_argument('--sampler-steps', type=int, default=0,
                      help="NFE; 0 takes the checkpoint's own (default 0)")
@@ -104,11 +113,20 @@ def _parse(argv) -> argparse.Namespace:
     sim.add_argument('--swap-instructions', action='store_true',
                      help='tell the opposite of each task, to see that the words matter')
     sim.add_argument('--in-process', action='store_true',
-                     help='without ROS: the same policy, guard and timeline in one process')
+                     help='without ROS: the same ingest, policy, guard and timeline, for many '
+                     'robots at a time')
+    sim.add_argument('--workers', type=int, default=2 * (os.cpu_count() or 1),
+                     help='robots at a time with --in-process (default: twice the cores)')
+    sim.add_argument('--blank-camera', action='append', choices=CAMERAS, default=[],
+                     metavar='NAME', help='show grey in place of this camera, to see that the '
+                     'policy looks; with --in-process')
     sim.add_argument('--out', type=Path, help='JSON file for every episode and the summary')
     arguments = parser.parse_args(argv)
     if arguments.episodes < 1:
         parser.error(f'--episodes must be at least 1, got {arguments.episodes}')
+    if arguments.blank_camera and not arguments.in_process:
+        parser.error('--blank-camera needs --in-process')
+    arguments.tasks = list(expand_tasks(arguments.tasks))
     if arguments.swap_instructions:
         unpaired = [task for task in arguments.tasks if task not in OPPOSITE]
         if unpaired:
