@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 
 def start(function, *arguments, errors: Path):
     """Fork, and call the function there with its stderr in a file; return the process.
@@ -22,6 +24,7 @@ def start(function, *arguments, errors: Path):
 
 def _run(function, arguments, errors: Path) -> None:
     os.setsid()
+    torch.set_num_threads(1)  # OpenMP's other threads do not survive a fork
     handle = os.open(errors, os.O_WRONLY | os.O_CREAT)
     os.dup2(handle, 2)
     sys.stderr = os.fdopen(2, 'w', closefd=False)

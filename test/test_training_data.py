@@ -596,16 +596,15 @@ def test_a_build_that_is_stopped_in_the_middle_leaves_nothing_that_is_believed(
 
 
 def test_two_builders_of_one_cache_do_not_disturb_each_other(bags, tmp_path):
-    context = multiprocessing.get_context('fork')
-    builders = [context.Process(target=build_cache, args=(
-        [bags / 'a', bags / 'b'], ROBOT, DataConfig(), SIZE, tmp_path / 'x')) for _ in range(3)]
-    for builder in builders:
-        builder.start()
+    def build():
+        build_cache([bags / 'a', bags / 'b'], ROBOT, DataConfig(), SIZE, tmp_path / 'x' / 'y')
+
+    builders = [child.start(build, errors=tmp_path / 'errors.txt') for _ in range(3)]
     for builder in builders:
         builder.join(30)
     assert [builder.exitcode for builder in builders] == [0, 0, 0]
-    assert len(open_cache(tmp_path / 'x').episode_names) == 4
-    assert [path.name for path in tmp_path.iterdir()] == ['x']
+    assert len(open_cache(tmp_path / 'x' / 'y').episode_names) == 4
+    assert [path.name for path in (tmp_path / 'x').iterdir()] == ['y']
 
 
 def test_a_damaged_cache_is_named(built, tmp_path):

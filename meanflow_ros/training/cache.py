@@ -31,7 +31,7 @@ from meanflow_ros.core.schema import to_plain
 from meanflow_ros.training.data_config import DataConfig, find_instruction_file
 from meanflow_ros.training.episode import Skipped
 from meanflow_ros.training.pairs import FORMAT, INDEX, NUMBERS, PairDataset, read_index
-from meanflow_ros.training.recordings import find_recordings, parts_of, read_episodes  # noqa: F401
+from meanflow_ros.training.recordings import parts_of, read_episodes
 
 log = logging.getLogger('meanflow_ros.training')
 
