@@ -35,7 +35,7 @@ def run_without_ros(code):
 def imported():
     """Import the core, say what that loaded, then import the rest."""
     core, rest = modules_of(meanflow_ros.core), EDGE + modules_of(meanflow_ros.training)
-    assert 'meanflow_ros.core.policy' in core and 'meanflow_ros.training.dataset' in rest
+    assert 'meanflow_ros.core.policy' in core and 'meanflow_ros.training.train' in rest
     done = run_without_ros(
         f'import importlib, json\n'
         f'for name in {core}: importlib.import_module(name)\n'

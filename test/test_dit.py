@@ -194,8 +194,8 @@ def test_the_derivative_of_the_whole_network_is_the_central_difference(h_in):
     v = inputs(seed=5)[0]
     r = T - H
     conditioning = network.condition(context, None, state)
-    u, derivative = meanflow.total_derivative(
-        lambda z, t, h: network(z, t=t, h=h, conditioning=conditioning), z, v, t=T, r=r)
+    derivative = meanflow.total_derivative(
+        lambda z, t, h, rows: network(z, t=t, h=h, conditioning=conditioning), z, v, t=T, r=r)
 
     exact = a_network(h_in=h_in).double()
     for module in exact.modules():   # time paths are float32 by design; here they are not
@@ -210,7 +210,6 @@ def test_the_derivative_of_the_whole_network_is_the_central_difference(h_in):
         return exact(z.double() + step * v.double(), t=t, h=t - r.double(), conditioning=held)
 
     difference = (along_path(1e-5) - along_path(-1e-5)) / 2e-5
-    torch.testing.assert_close(u.double(), along_path(0.0), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(derivative.double(), difference, rtol=2e-3, atol=2e-3)
     assert difference.abs().max() > 0.1
 

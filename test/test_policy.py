@@ -161,9 +161,9 @@ def test_the_checkpoints_own_number_of_steps_is_the_default(policy):
                                   policy.act(an_observation(), steps=3).actions)
 
 
-def test_an_instantaneous_policy_gives_its_network_h_zero(policy):
+def test_an_euler_policy_gives_its_network_h_zero(policy):
     asked = []
-    flow = Policy(dataclasses.replace(CONFIG, instantaneous=True), policy.network)
+    flow = Policy(dataclasses.replace(CONFIG, sampler='euler'), policy.network)
     for each in (flow, policy):
         hook = policy.network.dit.register_forward_hook(
             lambda _, args, kwargs, result: asked.append(kwargs['h'].item()), with_kwargs=True)
@@ -310,7 +310,8 @@ def change_yaml(checkpoint, path, value):
     ('sampler_steps', '4', ["sampler_steps must be int, got '4'"]),
     ('sampler_steps', True, ['sampler_steps must be int, got True']),
     ('sampler_steps', 0, ['sampler_steps must be 1 to 64, got 0']),
-    ('instantaneous', 1, ['instantaneous must be bool, got 1']),
+    ('sampler', 'eular', ['sampler must be one of', "'eular'"]),
+    ('relative_to', ['', 'nobody', ''], ['relative_to']),
     ('robot', [1], ['robot must be a mapping, got list']),
     ('robot.cameras', 3, ['robot.cameras must be a list, got 3']),
     ('robot.cameras', None, ['robot.cameras must be a list, got None']),

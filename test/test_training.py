@@ -1,166 +1,309 @@
-"""From a recorded bag to a checkpoint that loads, and what stands between."""
+"""From recordings to a checkpoint: the loop, its interruptions and its errors."""
 
 import dataclasses
+import errno
+import json
+import logging
+import os
+import signal
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import child
 import numpy as np
 import pytest
 import torch
+import training_rig
+import yaml
 
+from meanflow_ros.core.meanflow import LOSSES
 from meanflow_ros.core.policy import Policy
-from meanflow_ros.ros.bag import TYPES, BagWriter
+from meanflow_ros.core.schema import to_plain
+from meanflow_ros.training import train as train_module
 from meanflow_ros.training.config import read_train_config
-from meanflow_ros.training.dataset import (
-    ChunkDataset, Episode, augment, find_bags, read_bag, resize_picture)
-from meanflow_ros.training.train import action_error, main, train
+from meanflow_ros.training.distributed import Group
+from meanflow_ros.training.train import NonFiniteLoss, main, train
 
 CONFIG = Path(__file__).parent.parent / 'config' / 'train_metaworld.yaml'
-PERIOD_NS = 25_000_000
+ALONE = Group(rank=0, size=1, device=torch.device('cpu'))
+config = training_rig.config
 
 
-def config(**changes):
-    return dataclasses.replace(
-        read_train_config(CONFIG),
-        **{'image_size': 32, 'steps': 2, 'batch_size': 2, 'noise_samples': 1, **changes})
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return training_rig.make_data(tmp_path_factory.mktemp('data'))
 
 
-def episode(length=7, seed=0, name='made by hand', instruction='open the faucet'):
-    random = np.random.default_rng(seed)
-    actions = np.clip(random.normal(0.1, 0.3, (length, 4)), -0.79, 0.77)
-    return Episode(
-        name=name, instruction=instruction, states=random.normal(0.7, 0.2, (length, 9)),
-        pictures=random.integers(0, 256, (length, 2, 32, 32, 3), dtype=np.uint8), actions=actions)
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    torch.set_num_threads(1)
+    training_rig.make_networks_small(monkeypatch)
+    monkeypatch.setattr('meanflow_ros.training.record._tensorboard', lambda *_: None)
 
 
-def write_episode(bag, now_ns, outcome, steps=4, actions=True):
-    """Write a made-up episode on the topics of a demonstration; return the time after it."""
-    def message(kind, **fields):
-        return TYPES.types[kind](**fields)
-
-    def header():
-        return message('std_msgs/msg/Header', frame_id='', stamp=message(
-            'builtin_interfaces/msg/Time', sec=now_ns // 10**9, nanosec=now_ns % 10**9))
-
-    def mark(text):
-        bag.write('episode', message(
-            'diagnostic_msgs/msg/DiagnosticStatus', level=0, name='faucet-open', message=text,
-            hardware_id='', values=[message('diagnostic_msgs/msg/KeyValue', key='episode',
-                                            value='3')]), now_ns)
-
-    spec = read_train_config(CONFIG).robot
-    mark('start')
-    bag.write('instruction', message('std_msgs/msg/String', data='open the faucet'), now_ns)
-    for step in range(steps):
-        bag.write('joint_states', message(
-            'sensor_msgs/msg/JointState', header=header(), name=list(reversed(spec.state_names)),
-            position=np.arange(9.0) + step / 7, velocity=np.zeros(0), effort=np.zeros(0)), now_ns)
-        if actions:
-            bag.write('action', message(
-                'trajectory_msgs/msg/JointTrajectory', header=header(),
-                joint_names=list(spec.action_space.dimensions), points=[message(
-                    'trajectory_msgs/msg/JointTrajectoryPoint',
-                    positions=np.array([0.1, -0.2, 0.3, 0.7]) + step / 100,
-                    velocities=np.zeros(0), accelerations=np.zeros(0), effort=np.zeros(0),
-                    time_from_start=message('builtin_interfaces/msg/Duration', sec=0,
-                                            nanosec=0))]), now_ns)
-        for camera in spec.camera_names:
-            pixels = np.full((40, 48, 3), 50 * step + 1, np.uint8)
-            bag.write(f'camera/{camera}/image_raw', message(
-                'sensor_msgs/msg/Image', header=header(), height=40, width=48, encoding='rgb8',
-                is_bigendian=0, step=144, data=pixels.reshape(-1)), now_ns)
-        now_ns += PERIOD_NS
-    mark(outcome)
-    return now_ns + 10**9
+def losses_of(run):
+    return [json.loads(line)['loss'] for line in (run / 'losses.jsonl').read_text().splitlines()]
 
 
-def test_a_bag_becomes_the_episodes_that_succeeded_and_names_those_it_skips(tmp_path):
-    with BagWriter(tmp_path / 'bag') as bag:
-        now_ns = write_episode(bag, 10**9, 'success')
-        now_ns = write_episode(bag, now_ns, 'failure')
-        now_ns = write_episode(bag, now_ns, 'success', actions=False)
-        write_episode(bag, now_ns, 'success', steps=3)
-    episodes, skipped = read_bag(tmp_path / 'bag', read_train_config(CONFIG).robot, 32)
-    assert [len(e.actions) for e in episodes] == [4, 3]
-    assert len(skipped) == 2 and 'failure' in skipped[0] and '0 actions' in skipped[1]
-    first = episodes[0]
-    assert first.instruction == 'open the faucet'
-    np.testing.assert_allclose(first.actions[2], [0.12, -0.18, 0.32, 0.72])
-    np.testing.assert_allclose(first.states[1], np.arange(9.0)[::-1] + 1 / 7)
-    assert first.pictures.shape == (4, 2, 32, 32, 3)
-    assert (first.pictures[2] == 101).all()
+def weights_of(run):
+    return Policy.load(run / 'policy').network.state_dict()
 
 
-def test_a_folder_without_a_bag_is_an_error_that_says_so(tmp_path):
-    with pytest.raises(ValueError, match='no rosbag2'):
-        find_bags(tmp_path)
-
-
-def test_a_chunk_is_what_follows_and_its_padding_is_masked():
-    robot = read_train_config(CONFIG).robot
-    data = ChunkDataset([episode(5), episode(3, seed=1)], robot, torch.device('cpu'))
-    assert len(data) == 8
-    np.testing.assert_array_equal(data.chunk_rows[3], [3, 4] + [4] * 14)
-    np.testing.assert_array_equal(data.mask[3], [True, True] + [False] * 14)
-    np.testing.assert_array_equal(data.chunk_rows[5][:4], [5, 6, 7, 7])
-    assert data.mask.sum() == 5 + 4 + 3 + 2 + 1 + 3 + 2 + 1
-
-
-def test_the_k_of_the_time_rule_moves_the_chunk():
-    robot = dataclasses.replace(read_train_config(CONFIG).robot, first_step=2)
-    data = ChunkDataset([episode(5)], robot, torch.device('cpu'))
-    np.testing.assert_array_equal(data.chunk_rows[1][:3], [3, 4, 4])
-    np.testing.assert_array_equal(data.mask[1][:3], [True, True, False])
-
-
-def test_pictures_are_resized_as_the_encoder_does():
-    picture = np.random.default_rng(3).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    from meanflow_ros.core.encoder import FlorenceEncoder
-    pixels = FlorenceEncoder.preprocess(
-        SimpleNamespace(mean=torch.zeros(1), config=SimpleNamespace(image_size=32)), picture)
-    small = resize_picture(picture, 32)
-    assert np.abs(small - pixels.permute(1, 2, 0).numpy()).max() <= 0.5
-
-
-def test_augmentation_without_strength_changes_nothing_and_with_it_moves_pixels():
-    torch.manual_seed(0)
-    pixels = torch.rand(2, 2, 3, 16, 16) * 255
-    assert torch.allclose(augment(pixels, shift=0.0, colour=0.0), pixels, atol=1e-3)
-    assert (augment(pixels, shift=3.0, colour=0.0) - pixels).abs().mean() > 5
-
-
-@pytest.mark.parametrize('loss', ['meanflow', 'rf'])
-def test_training_writes_a_checkpoint_that_loads_with_the_statistics_of_the_data(tmp_path, loss):
-    data = ChunkDataset([episode(6), episode(5, seed=1, instruction='close the faucet')],
-                        config().robot, torch.device('cpu'))
-    train(config(loss=loss), data, torch.device('cpu'), tmp_path / 'made', torch.bfloat16)
-    policy = Policy.load(tmp_path / 'made')
-    low = np.quantile(data.actions, 0.01, axis=0)
-    np.testing.assert_allclose(policy.config.action_normalizer.low, low)
-    assert policy.config.instantaneous == (loss == 'rf')
+@pytest.mark.parametrize('loss', LOSSES)
+def test_training_writes_a_checkpoint_that_loads_with_the_statistics_of_the_data(
+        data, tmp_path, loss):
+    train(config(loss=loss, steps=2), data, tmp_path / 'run', ALONE)
+    policy = Policy.load(tmp_path / 'run' / 'policy')
+    actions = data.chunks[np.array(data.mask)].reshape(-1, 3)
+    low = np.quantile(actions, 0.01, axis=0)
+    np.testing.assert_allclose(policy.config.action_normalizer.low,
+                               np.maximum(low, policy.robot.action_space.lower), rtol=1e-5)
+    assert policy.config.sampler == {'rf': 'euler', 'l1': 'regression'}.get(loss, 'average')
     assert policy.config.training['loss'] == loss
-    assert action_error(policy, data, steps=1).shape == (4,)
+    assert len(losses_of(tmp_path / 'run')) == 2
+    record = json.loads((tmp_path / 'run' / 'validation.jsonl').read_text())
+    assert record['step'] == 2 and set(record['error']) == {'1', '2', '4'}
+    assert all(len(values) == 3 and min(values) > 0 for values in record['error'].values())
+    assert (tmp_path / 'run' / 'validation.png').stat().st_size > 5000
+
+
+@pytest.mark.parametrize('changes', [
+    {'guidance': 1.8, 'guidance_mix': 0.2, 'condition_dropout': 0.3}, {'dispersive': 0.3},
+    {'dropout': 0.2, 'loss': 'central'}, {'accumulate': 2}, {'freeze': 'vision'},
+    {'activation_checkpointing': True}, {'time_sampling': 'v1', 'one_step_proportion': 0.2},
+    {'loss': 'rf', 'time_sampling': 'beta'}, {'h_in': 'decoder', 'max_frequency': 1000.0},
+    {'dimension_weights': (1.0, 0.0, 3.0)}, {'normalization': 'mean_std'}])
+def test_every_option_trains(data, tmp_path, changes):
+    train(config(steps=2, **changes), data, tmp_path / 'run', ALONE)
+    assert np.isfinite(losses_of(tmp_path / 'run')).all()
+    Policy.load(tmp_path / 'run' / 'policy')
+
+
+def test_training_lowers_the_error_on_what_it_has_seen(data, tmp_path):
+    train(config(steps=60, batch_size=16, validate_every=30, ema=0.9, learning_rate=1e-2), data,
+          tmp_path / 'run', ALONE)
+    first, last = (json.loads(line)['error']['1'] for line in
+                   (tmp_path / 'run' / 'validation.jsonl').read_text().splitlines())
+    assert sum(last) < 0.9 * sum(first)
+
+
+def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(data, tmp_path):
+    settings = config(steps=14, save_every=3, validate_every=100, dropout=0.1)
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    train(settings, data, whole, ALONE)
+    kills = 0
+    for lines in (2, 5, 10):
+        process = child.start(train, settings, data, killed, ALONE, errors=tmp_path / 'errors')
+        deadline = time.monotonic() + 60
+        while process.is_alive() and time.monotonic() < deadline:
+            if (killed / 'losses.jsonl').exists() and len(
+                    (killed / 'losses.jsonl').read_text().splitlines()) >= lines:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        process.join()
+    train(settings, data, killed, ALONE)
+    assert kills >= 2
+    assert losses_of(killed) == losses_of(whole) and len(losses_of(whole)) == 14
+    for name, value in weights_of(whole).items():
+        assert torch.equal(value, weights_of(killed)[name]), name
+
+
+def test_a_run_goes_on_only_with_the_configuration_that_it_began_with(data, tmp_path):
+    train(config(save_every=2), data, tmp_path / 'run', ALONE)
+    with pytest.raises(ValueError, match='learning_rate: 0.003 then, 0.1 now'):
+        train(config(learning_rate=0.1), data, tmp_path / 'run', ALONE)
+
+
+def test_a_finished_run_started_again_only_writes_its_checkpoint(data, tmp_path):
+    train(config(), data, tmp_path / 'run', ALONE)
+    before = losses_of(tmp_path / 'run')
+    train(config(), data, tmp_path / 'run', ALONE)
+    assert losses_of(tmp_path / 'run') == before
+
+
+def test_only_the_newest_two_snapshots_are_kept(data, tmp_path):
+    train(config(steps=6, save_every=1), data, tmp_path / 'run', ALONE)
+    assert sorted(path.name for path in (tmp_path / 'run' / 'snapshots').iterdir()) == [
+        'step_00000005', 'step_00000006']
+
+
+def test_a_nonfinite_loss_stops_and_says_which_batch_it_was(data, tmp_path, monkeypatch):
+    broken = dict(LOSSES, meanflow=lambda u, x, e, times, weights, **_: (
+        u(x, t=times.t, h=times.t) * float('nan')).mean())
+    settings = config(save_every=1)
+    train(dataclasses.replace(settings, steps=4), data, tmp_path / 'fine', ALONE)
+    monkeypatch.setattr('meanflow_ros.core.meanflow.LOSSES', broken)
+    with pytest.raises(NonFiniteLoss, match='the loss of step 0 is nan'):
+        train(settings, data, tmp_path / 'run', ALONE)
+    found = json.loads((tmp_path / 'run' / 'nonfinite_step_0.json').read_text())
+    assert len(found['rows']) == 4 and set(found['episodes']) <= set(data.episode_names)
+    assert not (tmp_path / 'run' / 'policy').exists()
+    assert not list((tmp_path / 'run' / 'snapshots').glob('step_*'))
+
+
+def write_config(tmp_path, **changes):
+    document = {'robot': to_plain(training_rig.ROBOT), 'image_size': 32, 'steps': 4,
+                'batch_size': 4, 'noise_samples': 1, 'save_every': 2, **changes}
+    path = tmp_path / 'config.yaml'
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.fixture
+def command(tmp_path):
+    bag = training_rig.write_bag(tmp_path / 'data' / 'bag', episodes=3, steps=5)
+    return [str(write_config(tmp_path)), '--data', str(bag.parent), '--out',
+            str(tmp_path / 'run'), '--device', 'cpu', '--workers', '1']
+
+
+def test_the_command_trains_and_takes_options_as_the_documents_write_them(
+        command, tmp_path, capsys):
+    assert main([*command, '--loss', 'dpm', '--dpm-h-step', '0.05', '--stop-target', 'true']) == 0
+    assert 'checkpoint written to' in capsys.readouterr().out
+    trained = Policy.load(tmp_path / 'run' / 'policy').config.training
+    assert trained['loss'] == 'dpm' and trained['dpm_h_step'] == 0.05
+    assert trained['stop_target'] is True and trained['stop_weight'] is None
+
+
+def test_ctrl_c_says_how_to_go_on_and_leaves_the_last_snapshot(command, tmp_path, monkeypatch,
+                                                              capsys):
+    real, calls = train_module.parts_of, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(train_module, 'parts_of', interrupted)
+    assert main(command) == 130
+    assert 'goes on from the last snapshot' in capsys.readouterr().err
+    assert not (tmp_path / 'run' / 'policy').exists()
+    monkeypatch.setattr(train_module, 'parts_of', real)
+    assert main(command) == 0
+    assert len(losses_of(tmp_path / 'run')) == 4
+
+
+@pytest.mark.parametrize('error,status,message', [
+    (OSError(errno.ENOSPC, 'No space left on device'), 1, 'free some space'),
+    (torch.OutOfMemoryError('CUDA out of memory.\nmore'), 1, '--accumulate')])
+def test_a_full_disk_or_memory_is_a_clear_error_and_the_last_snapshot_stays(
+        command, tmp_path, monkeypatch, capsys, error, status, message):
+    real, calls = train_module.Snapshots.save, []
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(train_module.Snapshots, 'save', full)
+    assert main(command) == status
+    assert message in capsys.readouterr().err
+    monkeypatch.setattr(train_module.Snapshots, 'save', real)
+    assert main(command) == 0
+
+
+def test_a_data_set_that_vanished_is_a_clear_error(command, tmp_path, capsys):
+    import shutil
+    shutil.rmtree(tmp_path / 'data')
+    assert main(command) == 2
+    assert str(tmp_path / 'data') in capsys.readouterr().err
+
+
+def test_a_data_set_without_anything_usable_lists_what_was_found(tmp_path, capsys):
+    training_rig.write_bag(tmp_path / 'data' / 'bag', episodes=1, outcome='failure')
+    path = write_config(tmp_path)
+    assert main([str(path), '--data', str(tmp_path / 'data'), '--out', str(tmp_path / 'run'),
+                 '--device', 'cpu', '--workers', '1']) == 2
+    assert 'bag episode 0' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('changes,message', [
+    ({'loss': 'meanflw'}, 'loss must be one of'),
+    ({'loss': 'rf', 'time_sampling': 'v1'}, "time_sampling 'v1' is not for loss 'rf'"),
+    ({'time_sampling': 'beta'}, "time_sampling 'beta' is not for loss 'meanflow'"),
+    ({'guidance': 2.0}, 'condition_dropout above 0'),
+    ({'batch_size': 5, 'accumulate': 2}, 'multiple of accumulate'),
+    ({'dimension_weights': [1.0]}, 'dimension_weights must be 3 numbers'),
+    ({'warmup': 0.7, 'hold': 0.7}, 'together at most 1'),
+    ({'steps': 'many'}, 'steps must be int'), ({'stop_target': 3}, 'stop_target must be bool')])
+def test_a_configuration_that_cannot_work_is_refused_with_a_reason(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_train_config(write_config(tmp_path, **changes))
 
 
 def test_a_typo_in_the_configuration_is_refused_with_the_right_name(tmp_path):
     path = tmp_path / 'typo.yaml'
-    path.write_text(CONFIG.read_text().replace('learning_rate:', 'lerning_rate:'))
+    path.write_text(CONFIG.read_text() + 'lerning_rate: 0.1\n')
     with pytest.raises(ValueError, match="lerning_rate.*did you mean 'learning_rate'"):
         read_train_config(path)
 
 
-def test_the_command_says_what_is_wrong_and_exits_with_2(tmp_path, capsys):
-    assert main([str(CONFIG), '--data', str(tmp_path), '--out', str(tmp_path / 'out')]) == 2
-    assert 'no rosbag2' in capsys.readouterr().err
+def test_the_shipped_configuration_is_read():
+    assert read_train_config(CONFIG).robot.robot == 'metaworld-sawyer'
 
 
-def test_ctrl_c_in_the_middle_of_training_leaves_no_checkpoint(tmp_path, monkeypatch):
-    data = ChunkDataset([episode(6)], config().robot, torch.device('cpu'))
+def test_relative_actions_are_learned_as_differences_and_given_back_as_positions(tmp_path):
+    from meanflow_ros.core.contract import Observation
+    settings = config(data=dataclasses.replace(config().data, relative=True), steps=2)
+    from meanflow_ros.training.cache import build_cache, open_cache
+    bag = training_rig.write_bag(tmp_path / 'bag')
+    build_cache([bag], settings.robot, settings.data, 32, tmp_path / 'cache')
+    relative = open_cache(tmp_path / 'cache')
+    np.testing.assert_allclose(relative.chunks[0, 0], [0.05, -0.07, 0.1], atol=1e-6)
+    train(settings, relative, tmp_path / 'run', ALONE)
+    policy = Policy.load(tmp_path / 'run' / 'policy')
+    assert policy.config.relative_to == ('base', 'elbow', '')
+    images = {name: np.full((16, 20, 3), 80, np.uint8) for name in policy.robot.camera_names}
 
-    def interrupted(*arguments, **keywords):
-        raise KeyboardInterrupt
+    def chunk(elbow, base):
+        return policy.act(Observation(stamp_ns=1, images=images, instruction='reach left',
+                                      state=np.array([elbow, base])),
+                          noise=torch.zeros(1, 5, 3)).actions
 
-    monkeypatch.setattr('meanflow_ros.core.meanflow.meanflow_loss', interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(), data, torch.device('cpu'), tmp_path / 'made', torch.float32)
-    assert not (tmp_path / 'made').exists()
+    normalizer = policy.config.state_normalizer
+    far = normalizer.high + 1.0   # both beyond what the network sees: only the offset differs
+    difference = chunk(far[0] + 0.5, far[1] + 0.25) - chunk(*far)
+    np.testing.assert_allclose(difference, np.tile([0.25, 0.5, 0.0], (5, 1)), atol=1e-6)
+
+
+def test_a_run_can_start_from_another_runs_checkpoint(data, tmp_path):
+    train(config(), data, tmp_path / 'first', ALONE)
+    start = str(tmp_path / 'first' / 'policy')
+    train(config(initial=start, steps=1, learning_rate=1e-9), data, tmp_path / 'second', ALONE)
+    first, second = weights_of(tmp_path / 'first'), weights_of(tmp_path / 'second')
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0.02, atol=1e-4)
+    with pytest.raises(ValueError, match="sampler 'euler'"):
+        train(config(initial=start, loss='rf'), data, tmp_path / 'third', ALONE)
+
+
+def test_what_is_frozen_stays_as_it_was(data, tmp_path):
+    train(config(freeze='encoder', ema=0.0), data, tmp_path / 'a', ALONE,
+          weights_dtype=torch.float32)
+    torch.manual_seed(0)
+    fresh = train_module.make_policy(config(freeze='encoder', ema=0.0), data)
+    trained = weights_of(tmp_path / 'a')
+    for name, value in fresh.network.state_dict().items():
+        same = torch.equal(value, trained[name])
+        assert same == name.startswith('encoder.') or 'norm' in name, name
+
+
+def test_tensorboard_gets_losses_and_errors_where_it_is_installed(data, tmp_path, monkeypatch):
+    board = pytest.importorskip('tensorboard', reason='tensorboard is missing: .[train]')
+    assert board
+    monkeypatch.undo()
+    training_rig.make_networks_small(monkeypatch)
+    train(config(), data, tmp_path / 'run', ALONE)
+    assert list((tmp_path / 'run' / 'tensorboard').glob('events.*'))
+
+
+def test_weights_and_biases_that_is_not_installed_is_a_clear_error(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
+    logging.disable()
+    with pytest.raises(ValueError, match='pip install wandb'):
+        train(config(), data, tmp_path / 'run', ALONE, wandb_project='arm')
+    logging.disable(logging.NOTSET)

@@ -30,7 +30,8 @@ class DiTConfig:
     action_spaces: name -> number of dimensions. state_sizes: name -> proprioception size of that
     space; a space that is absent uses none. h_in: where h = t - r enters, one of H_PLACES
     ('none' is a rectified-flow network). max_frequency: largest angular frequency of the time
-    embedding, rad per unit of t; FLOWER's own is 1000, derivatives want about 10.
+    embedding, rad per unit of t; FLOWER's own is 1000, derivatives want about 10. null_context:
+    whether there is a learned context for "no condition", which guidance in training needs.
     """
 
     width: int
@@ -43,6 +44,7 @@ class DiTConfig:
     adaln_rank: int = 256
     dropout: float = 0.1
     rope_theta: float = 32.0
+    null_context: bool = False
 
     def __post_init__(self):
         for name in ('depth', 'heads', 'adaln_rank'):
@@ -259,7 +261,7 @@ class Conditioning:
     state: Tensor | None
     space: Tensor | None
 
-    def select(self, index: Tensor) -> 'Conditioning':
+    def select(self, index: Tensor | slice) -> 'Conditioning':
         """Return the conditioning of the samples in `index` (N,), which may repeat."""
         def pick(x):
             return None if x is None else x[index]
@@ -281,6 +283,8 @@ class ActionDiT(nn.Module):
 
         self.context_norm = nn.RMSNorm(context_width, eps=1e-6)
         self.context_proj = nn.Linear(context_width, width, bias=False)
+        if config.null_context:
+            self.null_context = nn.Parameter(torch.randn(1, 1, context_width) * 0.02)
         self.t_embedder = TimeEmbedder(width, config.max_frequency)
         self.h_embedder = (TimeEmbedder(width, config.max_frequency)
                            if config.h_in.startswith('adaln') else None)
@@ -352,6 +356,10 @@ class ActionDiT(nn.Module):
         return Conditioning(
             keys_values=[b.cross_attn.keys_and_values(projected) for b in self.blocks],
             mask=None if mask is None else mask[:, None, None, :], state=embedded, space=space)
+
+    def drop_context(self, context: Tensor, dropped: Tensor) -> Tensor:
+        """Return the context (B, S, C), the learned null in the samples `dropped` (B,) bool."""
+        return torch.where(dropped.view(-1, 1, 1), self.null_context.to(context.dtype), context)
 
     def forward(self, z: Tensor, *, t: Tensor, h: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity (B, T, A) at z (B, T, A), t (B,), h (B,)."""

@@ -118,17 +118,18 @@ class FlorenceEncoder(nn.Module):
         self.register_buffer('mean', torch.tensor(CLIP_MEAN).view(3, 1, 1) * 255, False)
         self.register_buffer('std', torch.tensor(CLIP_STD).view(3, 1, 1) * 255, False)
 
-    def preprocess(self, picture: np.ndarray | Tensor) -> Tensor:
-        """Resize one picture (H, W, 3) uint8 on the device -> (3, S, S) float, 0 .. 255."""
-        if isinstance(picture, np.ndarray) and not picture.flags.writeable:
-            picture = picture.copy()  # PyTorch has no read-only tensors
-        pixels = torch.as_tensor(picture).to(self.mean.device, non_blocking=True)
-        pixels = pixels.permute(2, 0, 1)[None].float()
+    def preprocess(self, pictures: np.ndarray | Tensor) -> Tensor:
+        """Resize pictures (..., H, W, 3) uint8 on the device -> (..., 3, S, S) float, 0 .. 255."""
+        if isinstance(pictures, np.ndarray) and not pictures.flags.writeable:
+            pictures = pictures.copy()  # PyTorch has no read-only tensors
+        pixels = torch.as_tensor(pictures).to(self.mean.device, non_blocking=True)
+        pixels = pixels.movedim(-1, -3).float()
         size = (self.config.image_size, self.config.image_size)
-        if pixels.shape[-2:] != size:
-            pixels = F.interpolate(pixels, size, mode='bilinear', antialias=True,
-                                   align_corners=False)
-        return pixels[0]
+        if pixels.shape[-2:] == size:
+            return pixels
+        resized = F.interpolate(pixels.reshape(-1, *pixels.shape[-3:]), size, mode='bilinear',
+                                antialias=True, align_corners=False)
+        return resized.view(*pixels.shape[:-2], *size)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Return token ids (B, L), padded to the longest prompt, and mask (B, L), True = real.

@@ -1,7 +1,7 @@
 """Map physical values to [-1, 1] and back, dimension by dimension.
 
-`fit` takes the 1 % and 99 % quantiles of the data, so that a rare outlier does not squeeze
-everything else; values beyond them are clipped.
+`fit` takes the 1 % and 99 % quantiles of the data, or its mean and three standard deviations, so
+that a rare outlier does not squeeze everything else; values beyond them are clipped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 from meanflow_ros.core.contract import frozen_array
 
 MIN_RANGE = 1e-6
+METHODS = ('quantile', 'mean_std')
+_QUANTILE, _DEVIATIONS = 0.01, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +38,22 @@ class Normalizer:
                              f'in every dimension, got low {self.low} and high {self.high}')
 
     @classmethod
-    def fit(cls, values: np.ndarray, *, quantile: float = 0.01, lower=-np.inf,
+    def fit(cls, values: np.ndarray, *, method: str = 'quantile', lower=-np.inf,
             upper=np.inf) -> 'Normalizer':
-        """Fit to `values` (N, D), never beyond the limits lower and upper (D,).
+        """Fit to `values` (N, D) by one of METHODS, never beyond the limits lower, upper (D,).
 
         A constant dimension c gets the range [c - 1, c + 1] within the limits.
         """
         if values.ndim != 2 or len(values) == 0 or not np.isfinite(values).all():
             raise ValueError(f'normalization needs finite values (N, D) with N > 0, '
                              f'got shape {values.shape}')
-        low = np.quantile(values, quantile, axis=0)
-        high = np.quantile(values, 1 - quantile, axis=0)
+        if method not in METHODS:
+            raise ValueError(f'normalization must be one of {METHODS}, got {method!r}')
+        if method == 'quantile':
+            low, high = np.quantile(values, [_QUANTILE, 1 - _QUANTILE], axis=0)
+        else:
+            reach = _DEVIATIONS * values.std(axis=0)
+            low, high = values.mean(axis=0) - reach, values.mean(axis=0) + reach
         constant = high - low < MIN_RANGE
         return cls(low=np.maximum(np.where(constant, low - 1, low), lower),
                    high=np.minimum(np.where(constant, high + 1, high), upper))

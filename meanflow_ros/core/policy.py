@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from meanflow_ros.core.dit import ActionDiT, Conditioning, DiTConfig
 from meanflow_ros.core.encoder import EncoderConfig, FlorenceEncoder
 from meanflow_ros.core.normalize import Normalizer
 from meanflow_ros.core.schema import check_keys, read_dataclass, to_plain
+from meanflow_ros.core.storage import replaced_directory
 
 FORMAT = 1
 MAX_STEPS = 64
@@ -41,8 +42,11 @@ class CheckpointError(ValueError):
 class PolicyConfig:
     """Everything in policy.yaml.
 
-    prompt: template with `{instruction}`. sampler_steps: default NFE. instantaneous: True for a
-    rectified-flow network (h = 0 in every step). training: free text on how it was made.
+    prompt: template with `{instruction}`. sampler: one of meanflow.SAMPLERS, what the network's
+    output is: average velocity, instantaneous velocity (euler), or the action itself (regression).
+    sampler_steps: default NFE. relative_to: for each action dimension the state whose measured
+    value is added to it, '' for none; empty if no dimension is relative. training: free text on
+    how it was made.
     """
 
     robot: RobotSpec
@@ -52,7 +56,8 @@ class PolicyConfig:
     dit: DiTConfig
     prompt: str = '{instruction}'
     sampler_steps: int = 1
-    instantaneous: bool = False
+    sampler: str = 'average'
+    relative_to: tuple[str, ...] = ()
     training: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -70,13 +75,25 @@ class PolicyConfig:
         if normalizer.low.size != space.size:
             raise ValueError(f'action_normalizer must have {space.size} dimensions, '
                              f'got {normalizer.low.size}')
-        outside = (normalizer.low < space.lower - 1e-9) | (normalizer.high > space.upper + 1e-9)
+        if self.relative_to and len(self.relative_to) != space.size:
+            raise ValueError(f'relative_to must name a state or "" for each of {space.size} '
+                             f'dimensions, got {list(self.relative_to)}')
+        unknown = set(self.relative_to) - {'', *self.robot.state_names}
+        if unknown:
+            raise ValueError(f'relative_to names {sorted(unknown)[0]!r}, which is no state of the '
+                             f'robot: {list(self.robot.state_names)}')
+        absolute = np.array([not name for name in self.relative_to] or [True] * space.size)
+        outside = absolute & ((normalizer.low < space.lower - 1e-9)
+                              | (normalizer.high > space.upper + 1e-9))
         if outside.any():
             name = space.dimensions[int(np.argmax(outside))]
             raise ValueError(f'action_normalizer of {name!r} reaches outside its limits')
         if _template_fields(self.prompt) != {'instruction'}:
             raise ValueError(f'prompt must contain {{instruction}} and no other field, '
                              f'got {self.prompt!r}')
+        if self.sampler not in meanflow.SAMPLERS:
+            raise ValueError(f'sampler must be one of {list(meanflow.SAMPLERS)}, '
+                             f'got {self.sampler!r}')
         if not 1 <= self.sampler_steps <= MAX_STEPS:
             raise ValueError(f'sampler_steps must be 1 to {MAX_STEPS}, got {self.sampler_steps}')
 
@@ -107,8 +124,11 @@ class PolicyNetwork(nn.Module):
         return self.dit.condition(context, mask, state, space)
 
     def velocity(self, conditioning: Conditioning) -> meanflow.Velocity:
-        """Return u(z, t=, h=) for these observations."""
-        return lambda z, t, h: self.dit(z, t=t, h=h, conditioning=conditioning)
+        """Return u(z, t=, h=, rows=) for these observations, or for the slice `rows` of them."""
+        def u(z: Tensor, *, t: Tensor, h: Tensor, rows: slice | None = None) -> Tensor:
+            some = conditioning if rows is None else conditioning.select(rows)
+            return self.dit(z, t=t, h=h, conditioning=some)
+        return u
 
 
 class Policy:
@@ -141,7 +161,6 @@ class Policy:
         return torch.randn(1, self.robot.horizon, self.network.dit.action_size,
                            generator=generator)
 
-    @torch.inference_mode()
     def act(self, observation: Observation, *, steps: int | None = None, seed: int = 0,
             noise: Tensor | None = None) -> ActionChunk:
         """Return the chunk for an observation; the same input and seed give the same chunk.
@@ -149,36 +168,60 @@ class Policy:
         steps: NFE of the sampler, the checkpoint's own by default. noise: (1, T, A) in place of
         the seeded draw. Raises ValueError for a missing camera or a state of the wrong size.
         """
-        robot, encoder = self.robot, self.network.encoder
-        missing = [name for name in robot.camera_names if name not in observation.images]
-        if missing:
-            raise ValueError(f'the observation has no picture of camera {missing[0]!r}')
-        pixels = torch.stack([encoder.preprocess(observation.images[name])
-                              for name in robot.camera_names])[None]
-        prompt = self.config.prompt.format(instruction=clean_instruction(observation.instruction))
-        ids, mask = encoder.tokenize([prompt])
-        state = self._normalized_state(observation.state)
-        noise = self.noise(observation.stamp_ns, seed) if noise is None else noise
+        return self.act_batch([observation], steps=steps, seeds=[seed], noise=noise)[0]
+
+    @torch.inference_mode()
+    def act_batch(self, observations: Sequence[Observation], *, steps: int | None = None,
+                  seeds: Sequence[int], noise: Tensor | None = None) -> list[ActionChunk]:
+        """Return the chunk of each of B observations, all of one picture size.
+
+        seeds: of the noise, one per observation. noise: (B, T, A) in place of the seeded draws.
+        Raises ValueError as `act` does.
+        """
+        pixels, ids, mask, state = self._inputs(observations)
+        if noise is None:
+            noise = torch.cat([self.noise(observation.stamp_ns, seed)
+                               for observation, seed in zip(observations, seeds)])
+        sampler = meanflow.SAMPLERS[self.config.sampler]
         with self._autocast():
             conditioning = self.network.condition(pixels, ids, mask, state)
-            actions = meanflow.sample(
-                self.network.velocity(conditioning), noise.to(self.device),
-                steps=steps or self.config.sampler_steps,
-                instantaneous=self.config.instantaneous)
-        actions = actions[0, :, :robot.action_space.size].double().cpu().numpy()
-        return ActionChunk(actions=self.config.action_normalizer.invert(actions),
-                           stamp_ns=observation.stamp_ns, period_s=robot.period_s,
-                           first_step=robot.first_step)
+            actions = sampler(self.network.velocity(conditioning), noise.to(self.device),
+                              steps=steps or self.config.sampler_steps)
+        return [self._chunk(row, observation) for row, observation in zip(
+            actions.double().cpu().numpy(), observations)]
 
-    def _normalized_state(self, state: np.ndarray | None) -> Tensor | None:
+    def _inputs(self, observations: Sequence[Observation]) -> tuple:
+        """Return what the network takes: pixels, token ids, their mask, normalised states."""
+        for name in self.robot.camera_names:
+            if any(name not in observation.images for observation in observations):
+                raise ValueError(f'the observation has no picture of camera {name!r}')
+        encoder = self.network.encoder
+        pixels = torch.stack([encoder.preprocess(np.stack([o.images[name] for o in observations]))
+                              for name in self.robot.camera_names], dim=1)  # (B, C, 3, S, S)
+        ids, mask = encoder.tokenize([self.config.prompt.format(
+            instruction=clean_instruction(o.instruction)) for o in observations])
+        return pixels, ids, mask, self._normalized_states(observations)
+
+    def _normalized_states(self, observations: Sequence[Observation]) -> Tensor | None:
         names = self.robot.state_names
         if not names:
             return None
-        if state is None or state.shape != (len(names),):
-            raise ValueError(f'the observation must have {len(names)} states {list(names)}, '
-                             f'got {None if state is None else state.shape}')
-        values = self.config.state_normalizer.apply(state)
-        return torch.tensor(values, dtype=torch.float32, device=self.device)[None]
+        for state in (observation.state for observation in observations):
+            if state is None or state.shape != (len(names),):
+                raise ValueError(f'the observation must have {len(names)} states {list(names)}, '
+                                 f'got {None if state is None else state.shape}')
+        values = self.config.state_normalizer.apply(np.stack([o.state for o in observations]))
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def _chunk(self, actions: np.ndarray, observation: Observation) -> ActionChunk:
+        """Turn the sampler's output (T, A) in [-1, 1] into physical units, relative ones too."""
+        robot = self.robot
+        values = self.config.action_normalizer.invert(actions[:, :robot.action_space.size])
+        for dimension, name in enumerate(self.config.relative_to):
+            if name:
+                values[:, dimension] += observation.state[robot.state_names.index(name)]
+        return ActionChunk(actions=values, stamp_ns=observation.stamp_ns,
+                           period_s=robot.period_s, first_step=robot.first_step)
 
     def _autocast(self):
         if self.dtype == torch.float32:
@@ -186,17 +229,20 @@ class Policy:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def save(self, directory: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write the checkpoint; weights are stored as `dtype` (bfloat16 halves the size)."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        """Write the checkpoint; weights are stored as `dtype` (bfloat16 halves the size).
+
+        The directory is made beside its final name and then renamed, so that it is whole or
+        absent; one that exists is replaced.
+        """
         weights = {name: value.detach().to('cpu', dtype).contiguous()
                    for name, value in self.network.state_dict().items()}
-        save_file(weights, directory / 'model.safetensors')
-        (directory / 'model.safetensors').chmod(0o644)  # save_file makes it private
-        self.network.encoder.tokenizer.save(str(directory / 'tokenizer.json'))
         document = {'format': FORMAT, **to_plain(self.config)}
-        with open(directory / 'policy.yaml', 'w', encoding='utf-8') as file:
-            yaml.safe_dump(document, file, sort_keys=False, default_flow_style=None, width=99)
+        with replaced_directory(Path(directory)) as partial:
+            save_file(weights, partial / 'model.safetensors')
+            (partial / 'model.safetensors').chmod(0o644)  # save_file makes it private
+            self.network.encoder.tokenizer.save(str(partial / 'tokenizer.json'))
+            with open(partial / 'policy.yaml', 'w', encoding='utf-8') as file:
+                yaml.safe_dump(document, file, sort_keys=False, default_flow_style=None, width=99)
 
     @classmethod
     def load(cls, directory: Path | str, *, device: str | torch.device = 'cpu',
@@ -267,7 +313,7 @@ def read_robot(mapping) -> RobotSpec:
 
 def _parse_config(document) -> PolicyConfig:
     required = ['format', 'robot', 'action_normalizer', 'state_normalizer', 'encoder', 'dit']
-    optional = ['prompt', 'sampler_steps', 'instantaneous', 'training']
+    optional = ['prompt', 'sampler', 'sampler_steps', 'relative_to', 'training']
     check_keys(document, required, optional, 'policy.yaml')
     if document['format'] != FORMAT:
         raise ValueError(f'format {document["format"]!r} is not supported, this version '

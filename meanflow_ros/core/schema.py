@@ -50,6 +50,8 @@ def read_dataclass(cls, mapping, path: str):
 
 def _fits(value, annotation: str) -> bool:
     """Whether a YAML value fits the annotated type; unknown annotations are left to the class."""
+    if annotation.endswith(' | None'):
+        return value is None or _fits(value, annotation.removesuffix(' | None'))
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation == 'int':
         return isinstance(value, int) and not isinstance(value, bool)

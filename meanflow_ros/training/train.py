@@ -1,13 +1,20 @@
-"""Train a policy on demonstration bags: one linear loop, then a checkpoint for the node."""
+"""Train a policy on recordings: one linear loop, then a checkpoint for the node.
+
+A run is a directory: `policy/` is the checkpoint that policy_node loads, `snapshots/` is what a
+run goes on from after an interruption, and the rest says how it went.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import errno
+import json
 import logging
 import math
+import os
+import signal
 import sys
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,214 +22,225 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from meanflow_ros.core import meanflow
-from meanflow_ros.core.dit import dit_preset
-from meanflow_ros.core.encoder import encoder_preset, train_tokenizer
-from meanflow_ros.core.normalize import Normalizer
-from meanflow_ros.core.policy import DTYPES, Policy, PolicyConfig
-from meanflow_ros.training.config import TrainConfig, add_overrides, read_train_config
-from meanflow_ros.training.dataset import ChunkDataset, augment, find_bags, read_bags
-from meanflow_ros.training.graph import captured
+from meanflow_ros.core.policy import DTYPES
+from meanflow_ros.core.schema import to_plain
+from meanflow_ros.training.cache import PairDataset, build_cache, open_cache
+from meanflow_ros.training.config import TrainConfig, add_overrides, options, read_train_config
+from meanflow_ros.training.distributed import (
+    STRATEGIES, Group, full_weights, join_group, leave_group, wrap)
+from meanflow_ros.training.draws import Share, draw, draw_rows
+from meanflow_ros.training.gradients import Gradients
+from meanflow_ros.training.loader import Loader
+from meanflow_ros.training.objective import TrainingLoss
+from meanflow_ros.training.optimizer import (
+    AveragedWeights, freeze, learning_rate, make_optimizer, set_rate)
+from meanflow_ros.training.policy import make_policy
+from meanflow_ros.training.record import Record
+from meanflow_ros.training.recordings import find_recordings
+from meanflow_ros.training.snapshot import Snapshots
+from meanflow_ros.training.validation import Validator
 
 log = logging.getLogger('meanflow_ros.training')
 LOG_EVERY = 50
 
 
-def make_policy(config: TrainConfig, data: ChunkDataset) -> Policy:
-    """Build a policy with random weights, its tokenizer and statistics fitted to the data."""
-    robot = config.robot
-    tokenizer = train_tokenizer([config.prompt.format(instruction=text)
-                                 for text in sorted(set(data.instructions))])
-    encoder = dataclasses.replace(encoder_preset(config.preset), image_size=config.image_size)
-    dit = dit_preset(config.preset, {robot.action_space.name: robot.action_space.size},
-                     {robot.action_space.name: len(robot.state_names)})
-    dit = dataclasses.replace(dit, h_in='none' if config.loss == 'rf' else config.h_in,
-                              max_frequency=config.max_frequency, dropout=config.dropout)
-    states = Normalizer.fit(data.states) if robot.state_names else None
-    actions = Normalizer.fit(data.actions, lower=robot.action_space.lower,
-                             upper=robot.action_space.upper)
-    trained = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
-               if field.name != 'robot'}
-    return Policy.create(PolicyConfig(
-        robot=robot, action_normalizer=actions, state_normalizer=states, encoder=encoder,
-        dit=dit, prompt=config.prompt, instantaneous=config.loss == 'rf',
-        training=trained), tokenizer)
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message says where its batch is described."""
 
 
-def _batches(config: TrainConfig, data: ChunkDataset, policy: Policy, device: torch.device):
-    """Return a function that draws a random, augmented batch without waiting for the device."""
-    normalizers = policy.config
-    chunks = torch.tensor(normalizers.action_normalizer.apply(data.actions),
-                          dtype=torch.float32, device=device)[
-                              torch.tensor(data.chunk_rows, device=device)]  # (N, T, A)
-    mask = torch.tensor(data.mask, dtype=torch.float32, device=device)       # (N, T)
-    states = None
-    if normalizers.state_normalizer:
-        states = torch.tensor(normalizers.state_normalizer.apply(data.states),
-                              dtype=torch.float32, device=device)            # (N, P)
-    prompts = sorted(set(data.instructions))
-    ids, id_mask = policy.network.encoder.tokenize(
-        [config.prompt.format(instruction=text) for text in prompts])
-    prompt_of = torch.tensor([prompts.index(text) for text in data.instructions], device=device)
+def train(config: TrainConfig, data: PairDataset, out: Path, group: Group, *,
+          strategy: str = 'ddp', weights_dtype: torch.dtype = torch.bfloat16,
+          wandb_project: str = '') -> Path:
+    """Run the loop from the newest snapshot in `out`, or from the start, and save the policy.
 
-    def draw():
-        pick = torch.randint(len(data), (config.batch_size,), device=device)
-        pixels = data.pictures[pick].permute(0, 1, 4, 2, 3).float()          # (B, C, 3, S, S)
-        pixels = augment(pixels, shift=config.shift_pixels, colour=config.colour)
-        row = prompt_of[pick]
-        return (pixels, ids[row], None if id_mask is None else id_mask[row],
-                None if states is None else states[pick], chunks[pick], mask[pick])
-
-    return draw
-
-
-def train(config: TrainConfig, data: ChunkDataset, device: torch.device,
-          checkpoint: Path, weights_dtype: torch.dtype, minutes: float | None = None) -> Policy:
-    """Run the loop and save the averaged weights (EMA) to `checkpoint`.
-
-    minutes: stop early, with the learning rate annealed over time instead of steps.
+    Returns the checkpoint directory. Raises ValueError for a configuration that does not fit,
+    NonFiniteLoss, and what device, disk or data set raise.
     """
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision('high')
+    train_rows, validation_rows = data.split(config.validation)
     policy = make_policy(config, data)
-    network = policy.network.to(device).train().requires_grad_(True)
-    parameters = list(network.parameters())
-    average = [parameter.detach().clone() for parameter in parameters]
-    rate = torch.zeros((), device=device)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay,
-                                  betas=(0.9, 0.95), fused=True,
-                                  capturable=device.type == 'cuda')
-    draw_batch = _batches(config, data, policy, device)
-    repeat = torch.arange(config.batch_size, device=device).repeat_interleave(
-        config.noise_samples)
+    network = policy.network.to(group.device).train()
+    freeze(network, config.freeze)
+    loss = TrainingLoss(network, config, policy.config, data.instructions).to(group.device)
+    captured = can_capture(config, group, strategy)
+    model = wrap(loss, group, strategy, captured=captured)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(network, config)
+    average = AveragedWeights(parameters, config.ema)
+    gradients = Gradients(model, parameters, scale=1 / config.accumulate, captured=captured,
+                          group=group)
+    snapshots = Snapshots(out / 'snapshots', group)
+    run = describe_run(config, data)
+    start = snapshots.restore(model, optimizer, average, run)
+    if start and group.first:
+        log.info('going on from step %d', start)
+    loader = Loader(data, lambda step: draw_rows(config, step, train_rows, group.share),
+                    group.device, start_step=start)
+    record = Record(out, start, wandb_project=wandb_project, config=run) if group.first else None
+    validator = Validator(policy, data, validation_rows, out, record, group)
+    unwritten: list[Tensor] = []
+    progress = tqdm(range(start, config.steps), 'training', config.steps, initial=start,
+                    file=sys.stderr, mininterval=1.0, disable=not group.first)
+    try:
+        for step in progress:
+            torch.manual_seed((config.seed << 32) + step * group.size + group.rank)   # dropout
+            rate = learning_rate(step, config)
+            set_rate(optimizer, rate)
+            gradients.zero()
+            parts = parts_of(next(loader).tensors(), config, step, group)
+            losses = [gradients.add(batch, moving, synchronize=index + 1 == config.accumulate)
+                      for index, (batch, moving) in enumerate(parts)]
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            optimizer.step()
+            average.update(step)
+            unwritten.append(group.mean(sum(losses)))
+            done = step + 1
+            due = done == config.steps
+            saving = due or done % config.save_every == 0
+            if saving or len(unwritten) == LOG_EVERY or step == start:
+                values = torch.stack(unwritten).tolist()
+                unwritten.clear()
+                _require_finite(values, done - len(values), out, config, data, train_rows)
+                if record:
+                    record.losses(done - len(values), values, rate)
+                progress.set_postfix(loss=f'{sum(values) / len(values):.4f}', rate=f'{rate:.1e}')
+            if saving:
+                snapshots.save(done, model, optimizer, average, run)
+            if due or done % config.validate_every == 0:
+                with average.applied():
+                    validator.run(done, full_weights(model, group))
+        with average.applied():
+            weights = full_weights(model, group)
+        if group.first:
+            validator.filled(weights).save(out / 'policy', dtype=weights_dtype)
+        group.wait()
+        return out / 'policy'
+    finally:
+        progress.close()
+        loader.close()
+        if record:
+            record.close()
 
-    def training_step() -> Tensor:
-        pixels, ids, id_mask, state, chunk, mask = draw_batch()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda',
-                            cache_enabled=False):
-            context, context_mask = network.encoder(pixels, ids, id_mask)
-        conditioning = network.dit.condition(context.float(), context_mask, state)
-        u = network.velocity(conditioning.select(repeat))
-        x, m = chunk[repeat], mask[repeat]                         # (B * noise_samples, T, .)
-        e = torch.randn_like(x)
-        t, r = meanflow.sample_times(len(x), data_proportion=config.data_proportion, device=device,
-                                     one_step_proportion=config.one_step_proportion)
-        if config.loss == 'rf':
-            loss = meanflow.rectified_flow_loss(u, x, e, t=t, mask=m)
-        else:
-            loss = meanflow.meanflow_loss(u, x, e, t=t, r=r, mask=m)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimizer.step()
-        return loss.detach()
 
-    run_step = captured(training_step) if device.type == 'cuda' else training_step
-    start, recent = time.monotonic(), torch.zeros((), device=device)
-    progress = tqdm(range(config.steps), 'training', file=sys.stderr, mininterval=1.0)
-    for step in progress:
-        done = step / config.steps
-        if minutes is not None:
-            done = max(done, (time.monotonic() - start) / (60 * minutes))
-            if done >= 1:
-                break
-        rate.fill_(config.learning_rate * min((step + 1) / config.warmup_steps,
-                                              0.5 * (1 + math.cos(math.pi * done)) + 1e-3))
-        recent += run_step()
-        decay = min(config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(average, parameters, 1 - decay)
-        if step % LOG_EVERY == LOG_EVERY - 1:
-            mean = recent.item() / LOG_EVERY
-            if not math.isfinite(mean):
-                raise FloatingPointError(f'the loss is {mean} near step {step + 1}')
-            progress.set_postfix(loss=f'{mean:.4f}')
-            recent.zero_()
-    with torch.no_grad():
-        for parameter, value in zip(parameters, average):
-            parameter.copy_(value)
-    log.info('%d steps in %.1f min', step + 1, (time.monotonic() - start) / 60)
-    policy = Policy(policy.config, network)
-    policy.save(checkpoint, dtype=weights_dtype)
-    log.info('checkpoint written to %s', checkpoint)
-    return Policy.load(checkpoint, device=device)
+def parts_of(batch: dict[str, Tensor], config: TrainConfig, step: int,
+             group: Group) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Split this process's batch of `step` into `accumulate` parts, each with its random numbers.
+
+    Yields each part on the device, and how many of its samples have r < t.
+    """
+    for index in range(config.accumulate):
+        draws = draw(config, step, Share(index=group.rank + group.size * index,
+                                         count=group.size * config.accumulate))
+        part = {name: value[index::config.accumulate] for name, value in batch.items()}
+        yield {name: value.to(group.device, non_blocking=True)
+               for name, value in {**part, **draws.tensors()}.items()}, draws.moving
 
 
-@torch.inference_mode()
-def action_error(policy: Policy, data: ChunkDataset, steps: int, count: int = 512) -> np.ndarray:
-    """Return the mean absolute error (A,) of sampled chunks, in physical units."""
-    rows = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
-    network, device = policy.network, policy.device
-    pixels = data.pictures[torch.tensor(rows, device=data.pictures.device)].to(device)
-    ids, id_mask = network.encoder.tokenize(
-        [policy.config.prompt.format(instruction=data.instructions[row]) for row in rows])
-    states = None
-    if policy.config.state_normalizer:
-        states = torch.tensor(policy.config.state_normalizer.apply(data.states[rows]),
-                              dtype=torch.float32, device=device)
-    noise = torch.randn(len(rows), policy.robot.horizon, network.dit.action_size,
-                        generator=torch.Generator().manual_seed(0)).to(device)
-    conditioning = network.condition(pixels.permute(0, 1, 4, 2, 3).float(), ids, id_mask, states)
-    sampled = meanflow.sample(network.velocity(conditioning), noise, steps=steps,
-                              instantaneous=policy.config.instantaneous).double().cpu().numpy()
-    size = policy.robot.action_space.size
-    predicted = policy.config.action_normalizer.invert(sampled[..., :size])
-    error = np.abs(predicted - data.actions[data.chunk_rows[rows]])
-    return error[data.mask[rows]].mean(0)
+def can_capture(config: TrainConfig, group: Group, strategy: str) -> bool:
+    """Whether the gradient can be a CUDA graph: whole weights, no random state to restore."""
+    held = config.dropout > 0 and config.loss in ('dpm', 'central')
+    sharded = group.size > 1 and strategy == 'fsdp'
+    return (group.device.type == 'cuda' and not sharded and not held
+            and not config.activation_checkpointing)
+
+
+def describe_run(config: TrainConfig, data: PairDataset) -> dict:
+    """Return what must stay the same for a run to go on: options that change numbers, and data."""
+    silent = ('save_every', 'validate_every', 'activation_checkpointing')
+    chosen = {option.name: to_plain(getattr(config, option.name)) for option in options()
+              if option.name not in silent}
+    return {**chosen, 'robot': to_plain(config.robot), 'data': data.fingerprint}
+
+
+def _require_finite(losses: Sequence[float], first: int, out: Path, config: TrainConfig,
+                    data: PairDataset, rows: np.ndarray) -> None:
+    """NonFiniteLoss, with a file on the batch, if a loss is NaN or infinite."""
+    bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is None:
+        return
+    step = first + bad
+    batch = draw_rows(config, step, rows, Share())
+    path = out / f'nonfinite_step_{step}.json'
+    path.write_text(json.dumps({
+        'step': step, 'loss': str(losses[bad]), 'seed': config.seed, 'rows': batch.tolist(),
+        'episodes': sorted({data.episode_names[data.episode_of_row[row]] for row in batch})},
+        indent=1) + '\n', encoding='utf-8')
+    raise NonFiniteLoss(f'the loss of step {step} is {losses[bad]}; its rows and episodes are in '
+                        f'{path}. The last snapshot is intact: look at these episodes, or lower '
+                        f'--learning-rate')
 
 
 def _parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog='train', description='Train a policy on demonstration bags and write a checkpoint '
-        'that policy_node runs.')
+        prog='train', description='Train a policy on recordings (rosbag2 or LeRobot) and write a '
+        'checkpoint that policy_node runs. Started again with the same --out, a run goes on where '
+        'it was interrupted. Several GPUs: torchrun --nproc-per-node N -m '
+        'meanflow_ros.training.train ...')
     parser.add_argument('config', type=Path, help='training YAML, see config/train_metaworld.yaml')
     parser.add_argument('--data', type=Path, required=True,
-                        help='a rosbag2 directory, or a folder of them')
-    parser.add_argument('--out', type=Path, required=True, help='checkpoint directory to write')
+                        help='a rosbag2 or LeRobot data set, or a folder of them')
+    parser.add_argument('--out', type=Path, required=True,
+                        help='directory of the run; the checkpoint is written to OUT/policy')
+    parser.add_argument('--cache', type=Path,
+                        help='where decoded recordings are kept (default OUT/cache)')
     parser.add_argument('--device', default='auto', help='auto, cuda, cuda:N or cpu')
-    parser.add_argument('--minutes', type=float, help='stop after this long at the latest')
-    parser.add_argument('--workers', type=int, default=2, help='processes that read bags')
+    parser.add_argument('--strategy', choices=STRATEGIES, default='ddp',
+                        help='how several processes share the work (default ddp)')
+    parser.add_argument('--workers', type=int, default=min(8, os.cpu_count() or 1),
+                        help='processes that read recordings')
     parser.add_argument('--weights', choices=DTYPES, default='bfloat16',
-                        help='how the weights are stored (default bfloat16)')
-    parser.add_argument('--validation', type=float, default=0.05,
-                        help='share of the episodes held out (default 0.05)')
+                        help='how the weights of the checkpoint are stored (default bfloat16)')
+    parser.add_argument('--wandb', metavar='PROJECT', default='',
+                        help='log to this Weights & Biases project too')
     add_overrides(parser)
     return parser.parse_args(argv)
+
+
+def prepare_data(config: TrainConfig, arguments: argparse.Namespace, group: Group) -> PairDataset:
+    """Decode the recordings into the cache, if that is not done, and open it."""
+    cache = arguments.cache or arguments.out / 'cache'
+    if group.first:
+        build_cache(find_recordings(arguments.data), config.robot, config.data,
+                    config.image_size, cache, arguments.workers)
+    group.wait()
+    data = open_cache(cache)
+    if group.first:
+        log.info('%d observations of %d episodes, %d instructions, %d episodes skipped',
+                 len(data), len(data.episode_names), len(data.instructions), len(data.skipped))
+    return data
 
 
 def main(argv=None) -> int:
     """Run the `train` command."""
     logging.basicConfig(level=logging.INFO, format='%(levelname)s %(message)s')
     arguments = _parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # a batch system's end, as Ctrl-C
+    group = None
     try:
         config = read_train_config(arguments.config, arguments)
-        device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu')
-                              if arguments.device == 'auto' else arguments.device)
-        episodes = read_bags(find_bags(arguments.data), config.robot, config.image_size,
-                             arguments.workers)
-    except (OSError, ValueError) as error:
-        print(f'train: {error}', file=sys.stderr)
-        return 2
-    every = max(2, round(1 / arguments.validation)) if arguments.validation > 0 else 0
-    held_out = [e for i, e in enumerate(episodes) if every and i % every == every - 1]
-    used = [e for i, e in enumerate(episodes) if not every or i % every != every - 1]
-    data = ChunkDataset(used, config.robot, device)
-    log.info('%d episodes, %d observations, %d instructions', len(used), len(data),
-             len(set(data.instructions)))
-    try:
-        policy = train(config, data, device, arguments.out, DTYPES[arguments.weights],
-                       arguments.minutes)
+        group = join_group(arguments.device)
+        data = prepare_data(config, arguments, group)
+        policy = train(config, data, arguments.out, group, strategy=arguments.strategy,
+                       weights_dtype=DTYPES[arguments.weights], wandb_project=arguments.wandb)
     except KeyboardInterrupt:
-        print('train: interrupted, nothing was written', file=sys.stderr)
+        print(f'train: interrupted; the same command goes on from the last snapshot in '
+              f'{arguments.out}', file=sys.stderr)
         return 130
-    if held_out:
-        validation = ChunkDataset(held_out, config.robot, device)
-        for steps in (1, 2, 4):
-            error = action_error(policy, validation, steps)
-            log.info('NFE %d: mean absolute error on %d held-out episodes: %s', steps,
-                     len(held_out), ', '.join(
-                         f'{name} {value:.4f} {unit}' for name, value, unit in
-                         zip(config.robot.action_space.dimensions, error,
-                             config.robot.action_space.units)))
+    except torch.OutOfMemoryError as error:
+        print(f'train: the device has too little memory ({str(error).splitlines()[0]}); use a '
+              f'larger --accumulate, --activation-checkpointing true, or a smaller --batch-size',
+              file=sys.stderr)
+        return 1
+    except (OSError, ValueError, NonFiniteLoss) as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        print(f'train: {error}' + (f'; free some space below {arguments.out}, then run the same '
+                                   'command again' if full else ''), file=sys.stderr)
+        return 1 if isinstance(error, NonFiniteLoss) or full else 2
+    finally:
+        if group:
+            leave_group(group)
+    print(f'checkpoint written to {policy}')
     return 0
 
 

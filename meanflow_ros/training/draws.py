@@ -1,0 +1,97 @@
+"""The random numbers of a training step: all of them follow from (seed, step) alone.
+
+They are drawn on the CPU for the whole batch and then shared out, so that a run goes on bit for
+bit after an interruption and does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meanflow_ros.core.times import PAIRS, sample_pairs, sample_single
+from meanflow_ros.training.config import TrainConfig
+
+_ROWS, _NOISE = 0, 1   # streams of their own, so that a change in one leaves the other alone
+
+
+def _generator(config: TrainConfig, step: int, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed(((config.seed * 2 + stream) << 32) + step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which part of each batch this is: observations index, index + count, index + 2 count, ..."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, values):
+        """Return this part of what has one row per observation."""
+        return values[self.index::self.count]
+
+
+def draw_rows(config: TrainConfig, step: int, rows: np.ndarray, share: Share) -> np.ndarray:
+    """Return the rows of the data set that `share` of the batch of `step` holds."""
+    pick = torch.randint(len(rows), (config.batch_size,), generator=_generator(
+        config, step, _ROWS))
+    return rows[share.of(pick.numpy())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Noise, times and changes of the pictures, for B observations with N draws each.
+
+    e: (N * B, T, A), draw by draw. t, r: (N * B,); samples `moving` and later have r = t.
+    dropped: (B,) bool, the condition is left out. shift: (B, C, 2) in pixels of the encoder's
+    picture; gain: (B, C, 3), bias: (B, C), as `augment` takes them.
+    """
+
+    e: Tensor
+    t: Tensor
+    r: Tensor
+    dropped: Tensor
+    shift: Tensor
+    gain: Tensor
+    bias: Tensor
+    moving: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything but `moving`, which is the same in every step."""
+        return {name: getattr(self, name)
+                for name in ('e', 't', 'r', 'dropped', 'shift', 'gain', 'bias')}
+
+
+def draw(config: TrainConfig, step: int, share: Share) -> Draws:
+    """Return the random numbers of `share` of the batch of `step`."""
+    generator = _generator(config, step, _NOISE)
+    batch, draws, cameras = config.batch_size, config.noise_samples, len(config.robot.cameras)
+    name = config.time_sampling
+    if config.loss in ('rf', 'l1'):
+        times = sample_single(name or 'uniform', draws * batch, generator)
+    else:
+        times = sample_pairs(name or next(iter(PAIRS)), draws * batch, generator,
+                             data_proportion=config.data_proportion,
+                             one_step_proportion=config.one_step_proportion)
+    e = torch.randn(draws * batch, config.robot.horizon, config.robot.action_space.size,
+                    generator=generator)
+
+    def signed(*shape):
+        return torch.rand(*shape, generator=generator) * 2 - 1
+
+    shift = signed(batch, cameras, 2) * config.shift_pixels
+    gain = 1 + signed(batch, cameras, 3) * config.colour
+    bias = signed(batch, cameras) * config.colour * 128
+    dropped = torch.rand(batch, generator=generator) < config.condition_dropout
+
+    def own(values: Tensor) -> Tensor:                             # (N * B, ...) -> (N * b, ...)
+        return values.view(draws, batch, *values.shape[1:])[
+            :, share.index::share.count].flatten(0, 1).contiguous()
+
+    return Draws(e=own(e), t=own(times.t), r=own(times.r),
+                 dropped=share.of(dropped).contiguous(), shift=share.of(shift).contiguous(),
+                 gain=share.of(gain).contiguous(), bias=share.of(bias).contiguous(),
+                 moving=int((own(torch.arange(draws * batch)) < times.moving).sum()))
