@@ -101,7 +101,7 @@ def without_times(result):
 
 def test_many_robots_give_the_bits_of_one_after_the_other():
     jobs = [job(seed=100_000 + number, noise_seed=number, task=task, max_steps=48)
-            for number, task in enumerate(['reach', 'press-either', 'reach'])]
+            for number, task in enumerate(['reach', 'press-any', 'reach'])]
     together, alone = OneByOne(), OneByOne()
     batched = run_episodes({'p': together}, jobs, 2, camera_every=8)
     robot = MetaWorldRobot(image_width=WIDTH, image_height=HEIGHT)
@@ -118,14 +118,15 @@ def test_results_come_in_the_order_of_the_jobs_whoever_ends_first():
     told = []
     acts = {'still': Acts(lambda *_: (0.0, 0.0, 0.0)),
             'up': Acts(lambda observation, seed: (0.0, 0.0, 0.3 * seed))}
-    jobs = [job('press-either', 100_000 + seed, policy=policy, noise_seed=seed % 2, max_steps=40)
+    jobs = [job('press-any', 100_000 + seed, policy=policy, noise_seed=seed % 2, max_steps=40)
             for seed in range(3) for policy in acts]
-    jobs.insert(2, job('press-either', 100_001, policy=EXPERT))
-    results = run_episodes(acts, jobs, 2, camera_every=30, progress=told.append)
+    jobs.insert(2, job('press-any', 100_001, policy=EXPERT))
+    results = run_episodes(acts, jobs, 2, camera_every=30,
+                           progress=lambda _, result: told.append(result))
     assert [(r.task, r.seed) for r in results] == [(j.task, j.seed) for j in jobs]
     assert sorted(map(id, told)) == sorted(map(id, results))
     expert = results[2]
-    assert expert.success and expert.mode in ('left', 'right') and expert.steps < 15
+    assert expert.success and expert.mode in ('left', 'right', 'far') and expert.steps < 15
     assert not any(r.success or r.mode for r in results if r is not expert)
     assert {r.starved_steps for r in results if r is not expert} == {40 - SPEC.horizon - 10}
 
@@ -204,7 +205,7 @@ def test_ctrl_c_leaves_no_process_behind():
               '    child = real(*a, **k); print(child.pid, flush=True); return child\n'
               'closed_loop.subprocess.Popen = start\n'
               'closed_loop.expert_ceiling(["reach"], range(9999), 1,\n'
-              '                           progress=lambda _: print("one", flush=True))\n')
+              '                           progress=lambda *_: print("one", flush=True))\n')
     parent = subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
@@ -236,9 +237,9 @@ def test_what_cannot_run_is_refused_before_it_starts(changes, message):
 
 
 def test_the_ceiling_is_what_the_experts_reach():
-    results = closed_loop.expert_ceiling(['press-either'], range(100_000, 100_004), 1)
+    results = closed_loop.expert_ceiling(['press-any'], range(99_999, 100_002), 1)
     assert all(result.success for result in results)
-    assert sorted(result.mode for result in results) == ['left', 'left', 'right', 'right']
+    assert sorted(result.mode for result in results) == ['far', 'left', 'right']
 
 
 def test_a_worker_does_not_load_torch():

@@ -111,37 +111,37 @@ def test_the_expert_succeeds_through_commands_at_40_hz(robot, task):
 
 
 @pytest.mark.parametrize('task', MULTIMODAL)
-def test_the_expert_takes_either_way_and_each_layout_is_shown_both_ways(robot, task):
-    shown = {}
-    for seed in range(6, 10):
+def test_every_layout_is_shown_in_each_mode_and_the_picture_does_not_tell_which(robot, task):
+    modes, shown = TASKS[task].modes, {}
+    for seed in range(6, 6 + 2 * len(modes)):
         result = expert_episode(robot, task, seed)
         assert result.success and result.mode == robot.expert_mode
         robot.reset(task, seed)
         picture = robot.observe(['static']).images['static'].tobytes()
         shown.setdefault(picture, []).append(result.mode)
-    assert [sorted(modes) for modes in shown.values()] == [['left', 'right']] * 2
+    assert [sorted(each) for each in shown.values()] == [sorted(modes)] * 2
+
+
+def every_expert(env):
+    """Return the commands of the experts of all modes (M, 4)."""
+    return np.stack([env.expert_action(mode) for mode in env.modes]) * sim.ACTION_SPACE.upper
 
 
 @pytest.mark.parametrize('task', MULTIMODAL)
-@pytest.mark.parametrize('share', [0.5, 0.35])
-def test_the_average_of_both_ways_fails(robot, task, share):
-    def average(env):
-        left, right = (env.expert_action(mode) for mode in ('left', 'right'))
-        return (share * left + (1 - share) * right) * sim.ACTION_SPACE.upper
-
-    for seed in (0, 3):
-        assert not expert_episode(robot, task, seed, average).success
+@pytest.mark.parametrize('average', [np.mean, np.median])
+def test_the_average_of_the_experts_fails(robot, task, average):
+    for seed in (0, 4):
+        assert not expert_episode(
+            robot, task, seed, lambda env: average(every_expert(env), axis=0)).success
 
 
 @pytest.mark.parametrize('task', MULTIMODAL)
 def test_six_steps_of_the_average_cannot_be_mended(robot, task):
-    steps = iter(range(sim.MAX_STEPS))
-
-    def late(env):
-        left, right = (env.expert_action(mode) for mode in ('left', 'right'))
-        return (left if next(steps) >= 6 else (left + right) / 2) * sim.ACTION_SPACE.upper
-
-    assert not expert_episode(robot, task, 0, late).success
+    for mode in range(len(TASKS[task].modes)):
+        steps = iter(range(sim.MAX_STEPS))
+        assert not expert_episode(robot, task, 0, lambda env: (
+            every_expert(env)[mode] if next(steps) >= 6
+            else np.median(every_expert(env), axis=0))).success
 
 
 def test_groups_open_into_tasks_each_once():
@@ -238,12 +238,12 @@ def test_failed_episodes_are_kept_and_made_up_for(tmp_path, monkeypatch):
         return stamp_ns, success and number > 0
 
     monkeypatch.setattr(demonstrations, '_record_episode', first_fails)
-    counts = demonstrations.record(tmp_path / 'bags', ['press-either'], episodes=2, image_size=16)
-    assert counts == {'press-either': (2, 3)} and seeds == [0, 1, 2]
+    counts = demonstrations.record(tmp_path / 'bags', ['press-any'], episodes=2, image_size=16)
+    assert counts == {'press-any': (2, 3)} and seeds == [0, 1, 2]
     ends = [{pair.key: pair.value for pair in message.values} for _, _, message in read_messages(
-        tmp_path / 'bags' / 'press-either_00', ['episode']) if message.message == 'success']
+        tmp_path / 'bags' / 'press-any_00', ['episode']) if message.message == 'success']
     assert [end['seed'] for end in ends] == ['0', '1', '2']
-    assert {ends[0]['mode'], ends[1]['mode']} == {'left', 'right'}
+    assert {end['mode'] for end in ends} == {'left', 'right', 'far'}
 
 
 def test_recording_gives_up_after_three_attempts_for_each_success_wanted(tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
-"""Scenes with two equally good ways, where the average of the two fails.
+"""Scenes with several equally good ways (modes), where the average of them fails.
 
-Neither picture nor instruction tells which way a demonstration takes. Every layout belongs to two
-seeds, 2 n and 2 n + 1, and is shown once each way, in random order: what is seen never tells
-the way. Half-way between the ways stands something that ends the attempt: a wall, or a gap between
-two posts. Importing this file needs Meta-World.
+Neither picture nor instruction tells which mode a demonstration takes. With M modes every layout
+belongs to M seeds in a row and is shown once in each mode, in random order, so that what is seen
+never tells the mode. Between the modes lies what ends the attempt: a wall, or a slot.
+
+With two modes any command in between has the same absolute error, and only the tails and the
+network decide where a regression ends. With three modes around the start the median of every
+dimension is that of none of them. Importing this file needs Meta-World.
 """
 
 from __future__ import annotations
@@ -15,19 +18,19 @@ from metaworld.asset_path_utils import full_V3_path_for
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 _MODE_STREAM = 2   # apart from the streams that draw the layout and the disturbance
-_SIDES = {'left': -1.0, 'right': 1.0}
 _CLOSED = 1.0
 _TIP = np.array([0.0, 0.0, -0.045])   # lower end of the fingers, m from the hand
 _SOLID = {'contype': 0, 'conaffinity': 1, 'group': 1}   # stops the hand, not one another
 
 
-class _TwoModes(SawyerXYZEnv):
-    """A table with things of our own on it, and a scripted expert that goes the way drawn.
+class _ManyModes(SawyerXYZEnv):
+    """A table with things of our own on it, and a scripted expert that does as was drawn.
 
-    mode: 'left' or 'right', what the expert of the seed does. mode_taken: what was done so far, ''
-    before it shows.
+    modes: name -> where it leads, (x, y) from the middle, in a unit of the scene's own. mode:
+    what the expert of the seed does. mode_taken: what was done so far, '' before it shows.
     """
 
+    modes: dict[str, tuple[float, float]]
     hand_start: tuple[float, float, float]
     layout_low: tuple[float, ...]
     layout_high: tuple[float, ...]
@@ -56,10 +59,11 @@ class _TwoModes(SawyerXYZEnv):
         return model, mujoco.MjData(model)
 
     def seed(self, seed: int) -> list[int]:
-        """Seed the layout, the same for 2 n and 2 n + 1, and draw the expert's way."""
-        first = np.random.default_rng([seed // 2, _MODE_STREAM]).integers(2)
-        self.mode = tuple(_SIDES)[(first + seed) % 2]
-        return super().seed(seed // 2)
+        """Seed the layout, the same for as many seeds as there are modes, and draw the mode."""
+        layout, number = divmod(seed, len(self.modes))
+        order = np.random.default_rng([layout, _MODE_STREAM]).permutation(list(self.modes))
+        self.mode = str(order[number])
+        return super().seed(layout)
 
     def reset_model(self) -> np.ndarray:
         self._arrange(self._get_state_rand_vec())
@@ -67,6 +71,13 @@ class _TwoModes(SawyerXYZEnv):
         self.mode_taken = ''
         self._failed = False
         return self._get_obs()
+
+    def _reset_hand(self, steps: int = 50) -> None:
+        """Start with the fingers closed and the arm at rest: its swing would favour a side."""
+        self.data.mocap_pos[0] = self.hand_init_pos
+        self.data.mocap_quat[0] = [1.0, 0.0, 1.0, 0.0]
+        for _ in range(steps):
+            self.do_simulation([_CLOSED, -_CLOSED], self.frame_skip)
 
     def evaluate_state(self, obs, action) -> tuple[float, dict]:
         del obs, action
@@ -89,7 +100,7 @@ class _TwoModes(SawyerXYZEnv):
         raise NotImplementedError
 
     def _judge(self) -> bool:
-        """Note the mode taken and what went wrong; return whether the goal is reached."""
+        """Note the mode taken, and what went wrong; return whether the goal is reached."""
         raise NotImplementedError
 
     def expert_action(self, mode: str) -> np.ndarray:
@@ -102,9 +113,10 @@ class _TwoModes(SawyerXYZEnv):
         return np.array([*offset / max(0.05, np.abs(offset).max()), _CLOSED])
 
 
-class PassWall(_TwoModes):
+class PassWall(_ManyModes):
     """Touch the ball behind a wall; touching the wall fails. It is too tall to go over."""
 
+    modes = {'left': (-1.0, 0.0), 'right': (1.0, 0.0)}   # as the robot sees them
     hand_start = (0.0, 0.59, 0.12)
     layout_low, layout_high = (-0.01, -0.05, 0.85), (0.01, 0.05, 0.88)   # wall x, ball x, y
     _WALL = np.array([0.025, 0.01, 0.2])   # half sizes
@@ -139,7 +151,7 @@ class PassWall(_TwoModes):
     def expert_action(self, mode: str) -> np.ndarray:
         hand = self.get_endeff_pos()
         height = self.hand_start[2]
-        aside = self._wall_x + _SIDES[mode] * self._ASIDE
+        aside = self._wall_x + self.modes[mode][0] * self._ASIDE
         if hand[1] < self._WALL_Y - 0.02:
             return self._towards(np.array([aside, self._WALL_Y + 0.01, height]))
         if hand[1] < self._PAST_Y:
@@ -149,14 +161,16 @@ class PassWall(_TwoModes):
         return self._towards(np.array([*self._target_pos[:2], height]))
 
 
-class PressEither(_TwoModes):
-    """Press one of two equal buttons; between them is a slot that leads to neither."""
+class PressAny(_ManyModes):
+    """Press one of three equal buttons; between them is a slot that leads to none."""
 
+    modes = {'left': (-1.0, 0.0), 'right': (1.0, 0.0), 'far': (0.0, 1.35)}
     hand_start = (0.0, 0.65, 0.25)
-    layout_low, layout_high = (-0.01, 0.62), (0.01, 0.68)   # middle of the two
-    _APART = 0.08   # of a button from the middle
+    layout_low, layout_high = (-0.01, 0.63), (0.01, 0.67)   # middle, between left and right
+    _APART = 0.085   # of a button from the middle
     _RADIUS = 0.03
     _CHEEK = np.array([0.004, 0.035, 0.06])   # half sizes of the slot's sides
+    _THICK = 0.018   # half size of the far one: the fingers give way in y, and would pass a plate
     _POST = 0.05    # half height
     _TRAVEL = 0.015
     _PRESSED = 0.01
@@ -164,37 +178,44 @@ class PressEither(_TwoModes):
 
     def _furnish(self, world) -> None:
         cylinder = mujoco.mjtGeom.mjGEOM_CYLINDER
-        for side, sign in _SIDES.items():
-            post = world.add_body(name=side, pos=[sign * self._APART, 0.65, self._POST])
-            post.add_geom(type=cylinder, size=[self._RADIUS, self._POST, 0.0],
-                          rgba=[0.35, 0.35, 0.35, 1.0], friction=[0.1, 0.0, 0.0], **_SOLID)
-            post.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=self._CHEEK,
-                          pos=[-sign * (self._RADIUS + self._CHEEK[0]), 0.0,
-                               self._CHEEK[2] - self._POST],
-                          rgba=[0.35, 0.35, 0.35, 1.0], friction=[0.1, 0.0, 0.0], **_SOLID)
-            button = post.add_body(name=f'{side}_button', pos=[0.0, 0.0, self._POST + 0.01],
+        grey, red = [0.35, 0.35, 0.35, 1.0], [0.9, 0.1, 0.1, 1.0]
+        smooth = [0.1, 0.0, 0.0]
+        for name, (x, y) in self.modes.items():
+            cheek = np.array([self._THICK, *self._CHEEK[1:]]) if y else self._CHEEK
+            post = world.add_body(name=name, pos=[0.0, 0.0, self._POST],
+                                  quat=_turned_about_z(np.arctan2(y, x)))
+            post.add_geom(type=cylinder, size=[self._RADIUS, self._POST, 0.0], rgba=grey,
+                          friction=smooth, **_SOLID)
+            post.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=cheek, rgba=grey,
+                          pos=[-self._RADIUS - cheek[0], 0.0, cheek[2] - self._POST],
+                          friction=smooth, **_SOLID)
+            button = post.add_body(name=f'{name}_button', pos=[0.0, 0.0, self._POST + 0.01],
                                    mass=0.05, inertia=[1e-5] * 3, explicitinertial=True)
-            button.add_joint(name=f'{side}_button', type=mujoco.mjtJoint.mjJNT_SLIDE,
+            button.add_joint(name=f'{name}_button', type=mujoco.mjtJoint.mjJNT_SLIDE,
                              axis=[0.0, 0.0, -1.0], range=[0.0, self._TRAVEL], limited=True,
                              stiffness=100.0, damping=5.0, armature=0.01)
-            button.add_geom(type=cylinder, size=[self._RADIUS, 0.01, 0.0],
-                            rgba=[0.9, 0.1, 0.1, 1.0], friction=[0.1, 0.0, 0.0], **_SOLID)
+            button.add_geom(type=cylinder, size=[self._RADIUS, 0.01, 0.0], rgba=red,
+                            friction=smooth, **_SOLID)
 
     def _arrange(self, layout: np.ndarray) -> None:
-        self._middle = layout
-        for side, sign in _SIDES.items():
-            self.model.body(side).pos[:2] = layout + [sign * self._APART, 0.0]
+        self._buttons = {name: layout + self._APART * np.array(direction)
+                         for name, direction in self.modes.items()}
+        for name, xy in self._buttons.items():
+            self.model.body(name).pos[:2] = xy
 
     def _judge(self) -> bool:
-        for side in _SIDES:
-            if self.data.joint(f'{side}_button').qpos[0] > self._PRESSED:
-                self.mode_taken = self.mode_taken or side
+        for name in self.modes:
+            if self.data.joint(f'{name}_button').qpos[0] > self._PRESSED:
+                self.mode_taken = self.mode_taken or name
         return bool(self.mode_taken)
 
     def expert_action(self, mode: str) -> np.ndarray:
         top = 2 * self._POST + 0.02
-        button = [self._middle[0] + _SIDES[mode] * self._APART, self._middle[1]]
-        return self._towards(np.array([*button, top - self._BELOW]) - _TIP)
+        return self._towards(np.array([*self._buttons[mode], top - self._BELOW]) - _TIP)
 
 
-SCENES = (PassWall, PressEither)
+def _turned_about_z(angle_rad: float) -> list[float]:
+    return [np.cos(angle_rad / 2), 0.0, 0.0, np.sin(angle_rad / 2)]
+
+
+SCENES = (PassWall, PressAny)

@@ -28,7 +28,6 @@ class Task:
     steady_grasp: bool = False
 
 
-_MODES = ('left', 'right')   # as the robot sees them: left is -x
 TASKS = {
     'faucet-open': Task(scene='faucet-open-v3', instruction='open the faucet'),
     'faucet-close': Task(scene='faucet-close-v3', instruction='close the faucet'),
@@ -46,10 +45,10 @@ TASKS = {
     'door-open': Task(scene='door-open-v3', instruction='open the door'),
     'peg-insert-side': Task(scene='peg-insert-side-v3',
                             instruction='insert the peg into the hole', steady_grasp=True),
-    'pass-wall': Task(scene='PassWall', modes=_MODES, noise=0.3, quiet_steps=4,
+    'pass-wall': Task(scene='PassWall', modes=('left', 'right'), noise=0.3, quiet_steps=4,
                       instruction='touch the ball behind the wall, not the wall'),
-    'press-either': Task(scene='PressEither', modes=_MODES, noise=0.3, quiet_steps=4,
-                         instruction='press one of the two buttons'),
+    'press-any': Task(scene='PressAny', modes=('left', 'right', 'far'), noise=0.3, quiet_steps=4,
+                      instruction='press one of the three buttons'),
 }
 MT10 = ('reach', 'push', 'pick-place', 'door-open', 'drawer-open', 'drawer-close',
         'button-press-topdown', 'peg-insert-side', 'window-open', 'window-close')
