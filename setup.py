@@ -52,6 +52,10 @@ setup(
         # The simulated robot, and the demo's video and figures. metaworld pins mujoco and
         # forgets packaging.
         'sim': ['metaworld==3.1.1', 'packaging', 'matplotlib', 'av'],
+        # What a run draws: curves as a picture and for TensorBoard.
+        'train': ['matplotlib', 'tensorboard'],
+        # pyarrow reads and writes the tables of a LeRobot data set, av its videos.
+        'lerobot': ['pyarrow', 'av'],
         # setuptools ignores tests_require: colcon finds pytest here.
         'test': ['pytest', 'hypothesis', 'ruff', 'colcon-common-extensions'],
     },
@@ -63,6 +67,8 @@ setup(
         'console_scripts': [
             'policy_node = meanflow_ros.ros.policy_node:main',
             'sim_node = meanflow_ros.sim.sim_node:main',
+            'benchmark = meanflow_ros.evaluation.benchmark:main',
+            'export_lerobot = meanflow_ros.training.export_lerobot:main',
             'train = meanflow_ros.training.train:main',
             'evaluate = meanflow_ros.evaluation.evaluate:main',
             'demo = meanflow_ros.evaluation.demo:main',

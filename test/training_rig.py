@@ -70,7 +70,7 @@ def make_networks_small(monkeypatch) -> None:
                     'projection_dim': 32},
             text={'vocab_size': 270, 'd_model': 32, 'encoder_layers': 1,
                   'encoder_attention_heads': 2, 'encoder_ffn_dim': 32,
-                  'max_position_embeddings': 128, 'dropout': 0.05})
+                  'max_position_embeddings': 128, 'dropout': 0.0})
 
     def dit(name, action_spaces, state_sizes):
         return DiTConfig(width=32, depth=2, heads=2, action_spaces=dict(action_spaces),

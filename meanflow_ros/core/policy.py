@@ -187,7 +187,7 @@ class Policy:
             conditioning = self.network.condition(pixels, ids, mask, state)
             actions = sampler(self.network.velocity(conditioning), noise.to(self.device),
                               steps=steps or self.config.sampler_steps)
-        return [self._chunk(row, observation) for row, observation in zip(
+        return [self.chunk(row, observation) for row, observation in zip(
             actions.double().cpu().numpy(), observations)]
 
     def _inputs(self, observations: Sequence[Observation]) -> tuple:
@@ -213,7 +213,7 @@ class Policy:
         values = self.config.state_normalizer.apply(np.stack([o.state for o in observations]))
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
-    def _chunk(self, actions: np.ndarray, observation: Observation) -> ActionChunk:
+    def chunk(self, actions: np.ndarray, observation: Observation) -> ActionChunk:
         """Turn the sampler's output (T, A) in [-1, 1] into physical units, relative ones too."""
         robot = self.robot
         values = self.config.action_normalizer.invert(actions[:, :robot.action_space.size])

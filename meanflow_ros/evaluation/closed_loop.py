@@ -80,7 +80,8 @@ def run_episode(act: ActBatch, robot: MetaWorldRobot, job: Job, *,
 
 def run_episodes(policies: Mapping[str, ActBatch], jobs: Sequence[Job], workers: int, *,
                  camera_every: int = 4,
-                 progress: Callable[[EpisodeResult], None] | None = None) -> list[EpisodeResult]:
+                 progress: Callable[[Job, EpisodeResult], None] | None = None,
+                 ) -> list[EpisodeResult]:
     """Run every job and return the results in the same order.
 
     workers: processes, each with a robot; about twice the cores keep both cores and policy busy.
@@ -106,7 +107,7 @@ def run_episodes(policies: Mapping[str, ActBatch], jobs: Sequence[Job], workers:
                 if isinstance(message, EpisodeResult):
                     results[remote.index] = message
                     if progress is not None:
-                        progress(message)
+                        progress(remote.job, message)
                     busy -= not remote.begin(queue)
                 else:
                     waiting[remote.job.policy].append((remote, message))
@@ -118,7 +119,7 @@ def run_episodes(policies: Mapping[str, ActBatch], jobs: Sequence[Job], workers:
 
 
 def expert_ceiling(tasks: Sequence[str], seeds: Sequence[int], workers: int, *,
-                   progress: Callable[[EpisodeResult], None] | None = None,
+                   progress: Callable[[Job, EpisodeResult], None] | None = None,
                    ) -> list[EpisodeResult]:
     """Run the scripted experts, without noise, on every task and seed: what can be reached."""
     return run_episodes({}, [

@@ -54,7 +54,8 @@ def _without_ros(arguments: argparse.Namespace, checkpoint: Path, jobs,
     jobs = [Job(policy='policy', task=task, seed=seed, instruction=instruction,
                 noise_seed=arguments.seed, blank_cameras=tuple(arguments.blank_camera))
             for task, seed, instruction in jobs]
-    return run_episodes({'policy': act}, jobs, arguments.workers, progress=progress,
+    return run_episodes({'policy': act}, jobs, arguments.workers,
+                        progress=lambda _, result: progress(result),
                         camera_every=max(1, round(arguments.camera_period / PERIOD_S)))
 
 

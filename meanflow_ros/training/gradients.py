@@ -74,7 +74,7 @@ class Gradients:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
             value = self._eager(fixed, moving, True)
 
         def replay(batch: Mapping[str, Tensor]) -> Tensor:

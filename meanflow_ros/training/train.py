@@ -232,11 +232,11 @@ def main(argv=None) -> int:
               f'larger --accumulate, --activation-checkpointing true, or a smaller --batch-size',
               file=sys.stderr)
         return 1
-    except (OSError, ValueError, NonFiniteLoss) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         print(f'train: {error}' + (f'; free some space below {arguments.out}, then run the same '
                                    'command again' if full else ''), file=sys.stderr)
-        return 1 if isinstance(error, NonFiniteLoss) or full else 2
+        return 2 if isinstance(error, ValueError) or isinstance(error, OSError) and not full else 1
     finally:
         if group:
             leave_group(group)

@@ -89,9 +89,15 @@ def action_error(policy: Policy, data: PairDataset, rows: np.ndarray, *, steps: 
 def plot_errors(history: Sequence[Mapping], policy: Policy, path: Path) -> None:
     """Draw the validation errors of a run: one panel per action dimension, one line per NFE.
 
+    Nothing is drawn where matplotlib is not installed.
+
     history: records with 'step' and 'error', NFE -> error of each dimension.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        log.info('no plot of the validation: pip install matplotlib')
+        return
     matplotlib.use('Agg')
     from matplotlib import pyplot
     space = policy.robot.action_space
