@@ -165,7 +165,7 @@ class PressAny(_ManyModes):
     """Press one of three equal buttons; between them is a slot that leads to none."""
 
     modes = {'left': (-1.0, 0.0), 'right': (1.0, 0.0), 'far': (0.0, 1.35)}
-    hand_start = (0.0, 0.65, 0.25)
+    hand_start = (0.0, 0.65, 0.27)
     layout_low, layout_high = (-0.01, 0.63), (0.01, 0.67)   # middle, between left and right
     _APART = 0.085   # of a button from the middle
     _RADIUS = 0.03
@@ -174,7 +174,7 @@ class PressAny(_ManyModes):
     _POST = 0.05    # half height
     _TRAVEL = 0.015
     _PRESSED = 0.01
-    _BELOW = 0.03   # of the button's top, where the expert aims
+    _BELOW, _OUTWARDS = 0.03, 0.01   # of the middle of the button's top, where the expert aims
 
     def _furnish(self, world) -> None:
         cylinder = mujoco.mjtGeom.mjGEOM_CYLINDER
@@ -211,7 +211,8 @@ class PressAny(_ManyModes):
 
     def expert_action(self, mode: str) -> np.ndarray:
         top = 2 * self._POST + 0.02
-        return self._towards(np.array([*self._buttons[mode], top - self._BELOW]) - _TIP)
+        aim = self._buttons[mode] + self._OUTWARDS * np.sign(self.modes[mode])
+        return self._towards(np.array([*aim, top - self._BELOW]) - _TIP)
 
 
 def _turned_about_z(angle_rad: float) -> list[float]:
