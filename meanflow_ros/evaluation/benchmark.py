@@ -234,18 +234,25 @@ def table(document: dict) -> str:
     columns = [('MT10', MT10), ('same picture', SAME_PICTURE),
                *((task, (task,)) for task in MULTIMODAL)]
     lines = ['| recipe | NFE | ' + ' | '.join(name for name, _ in columns)
-             + ' | share of left | seeds |', '|---|---|' + '---|' * (len(columns) + 2)]
+             + ' | modes of successes | seeds |', '|---|---|' + '---|' * (len(columns) + 2)]
     for (recipe, nfe, condition), records in groups.items():
         cells = [_spread(records, tasks) for _, tasks in columns]
-        modes = Counter()
-        for record in records:
-            for task in MULTIMODAL:
-                modes.update(record['tasks'].get(task, {}).get('modes', {}))
-        left = f'{modes["left"] / modes.total():.0%}' if modes else ''
         name = recipe if condition == 'normal' else f'{recipe}, {condition}'
         lines.append(f'| {name} | {nfe or ""} | ' + ' | '.join(cells)
-                     + f' | {left} | {len(records)} |')
+                     + f' | {_modes(records)} | {len(records)} |')
     return '\n'.join(lines) + '\n'
+
+
+def _modes(records: Sequence[dict]) -> str:
+    """Return how often each way of a task with several ways was taken, in %."""
+    shares = []
+    for task in MULTIMODAL:
+        modes = Counter()
+        for record in records:
+            modes.update(record['tasks'].get(task, {}).get('modes', {}))
+        shares += [', '.join(f'{mode} {count / modes.total():.0%}'
+                             for mode, count in sorted(modes.items()))] if modes else []
+    return '; '.join(shares)
 
 
 def _spread(records: Sequence[dict], tasks: Sequence[str]) -> str:
