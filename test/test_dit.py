@@ -187,6 +187,20 @@ def test_padded_context_changes_nothing():
     assert (unmasked - plain).abs().max() > 1e-3
 
 
+def test_a_repeated_conditioning_is_the_selected_one_and_has_its_gradient():
+    network = a_network().requires_grad_(True)
+    z, context, state = inputs()
+    index = torch.arange(len(z)).repeat(3)
+    gradients = []
+    for change in (lambda held: held.repeat(3), lambda held: held.select(index)):
+        network.zero_grad()
+        held = change(network.condition(context, None, state))
+        network(z[index], t=T[index], h=H[index], conditioning=held).square().sum().backward()
+        gradients.append(network.context_proj.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0
+
+
 @pytest.mark.parametrize('h_in', ['decoder', 'adaln', 'adaln_last_third'])
 def test_the_derivative_of_the_whole_network_is_the_central_difference(h_in):
     network = a_network(h_in=h_in)

@@ -1,5 +1,6 @@
 """What the README and config/policy.yaml say is what the node has."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -11,22 +12,26 @@ pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or instal
 import rclpy  # noqa: E402, I001
 from rclpy.parameter import Parameter  # noqa: E402
 
+from meanflow_ros.core.meanflow import LOSSES  # noqa: E402
 from meanflow_ros.paths import share_directory  # noqa: E402
 from meanflow_ros.ros.parameters import DECLARATIONS  # noqa: E402
 from meanflow_ros.ros.policy_node import PolicyNode  # noqa: E402
+from meanflow_ros.training.config import options  # noqa: E402
+from meanflow_ros.training.data_config import DataConfig  # noqa: E402
 from micro_policy import CAMERAS  # noqa: E402
 
 README = Path(__file__).parent.parent / 'README.md'
+TRAINING = README.parent / 'docs' / 'training.md'
 CONFIG = share_directory() / 'config' / 'policy.yaml'
 OF_EVERY_NODE = {'/rosout', '/parameter_events', '/clock', '/meanflow_policy/transition_event'}
 
 
-def rows(marker: str) -> list[list[str]]:
-    """Return the cells of the README's table between <!-- marker --> and <!-- /marker -->."""
-    if not README.is_file():
-        pytest.skip('there is no README.md beside the tests')
-    table = re.search(f'<!-- {marker} -->(.*?)<!-- /{marker} -->', README.read_text(), re.DOTALL)
-    assert table, f'README.md has no <!-- {marker} --> ... <!-- /{marker} -->'
+def rows(marker: str, document: Path = README) -> list[list[str]]:
+    """Return the cells of a table between <!-- marker --> and <!-- /marker -->."""
+    if not document.is_file():
+        pytest.skip(f'there is no {document.name} beside the tests')
+    table = re.search(f'<!-- {marker} -->(.*?)<!-- /{marker} -->', document.read_text(), re.DOTALL)
+    assert table, f'{document.name} has no <!-- {marker} --> ... <!-- /{marker} -->'
     lines = [line.strip() for line in table[1].splitlines() if line.strip().startswith('| `')]
     return [[cell.strip().strip('`') for cell in line.strip('|').split('|')] for line in lines]
 
@@ -34,6 +39,22 @@ def rows(marker: str) -> list[list[str]]:
 def test_the_readme_names_every_parameter_with_its_default_and_effect():
     written = [(name, default, effect) for name, default, effect, *_ in rows('parameters')]
     assert written == [(d.name, repr(d.default), d.takes_effect) for d in DECLARATIONS]
+
+
+def test_training_md_names_every_option_with_its_default():
+    written = [(name, default) for name, default, *_ in rows('options', TRAINING)]
+    assert written == [(option.name, repr(option.default)) for option in options()]
+
+
+def test_training_md_names_every_field_of_the_section_data():
+    defaults = DataConfig()
+    assert rows('data', TRAINING) == [[field.name, repr(getattr(defaults, field.name))]
+                                      for field in dataclasses.fields(DataConfig)]
+
+
+def test_training_md_names_every_loss():
+    text = TRAINING.read_text() if TRAINING.is_file() else pytest.skip('no training.md here')
+    assert all(f'| `{name}` |' in text for name in LOSSES)
 
 
 def test_policy_yaml_holds_every_parameter_with_its_default():

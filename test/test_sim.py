@@ -148,7 +148,7 @@ def test_groups_open_into_tasks_each_once():
     assert len(MT10) == 10 and set(MT10) <= set(TASKS)
     assert expand_tasks(['faucet-open', 'same-picture', 'multimodal']) == (
         'faucet-open', 'faucet-close', *MULTIMODAL)
-    assert expand_tasks(['all']) == tuple(TASKS) and set(GROUPS['basic']) <= set(TASKS)
+    assert expand_tasks(['all']) == tuple(TASKS) and set(GROUPS['mt10']) <= set(TASKS)
     with pytest.raises(ValueError, match="unknown task 'mt11'"):
         expand_tasks(['mt11'])
 

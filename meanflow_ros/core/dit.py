@@ -263,10 +263,21 @@ class Conditioning:
 
     def select(self, index: Tensor | slice) -> 'Conditioning':
         """Return the conditioning of the samples in `index` (N,), which may repeat."""
-        def pick(x):
-            return None if x is None else x[index]
-        return Conditioning(keys_values=[(k[index], v[index]) for k, v in self.keys_values],
-                            mask=pick(self.mask), state=pick(self.state), space=pick(self.space))
+        return self._each(lambda x: x[index])
+
+    def repeat(self, times: int) -> 'Conditioning':
+        """Return the conditioning of the whole batch, `times` over: samples 0 .. B-1, 0 .. B-1, ...
+
+        The gradient of this is a sum; that of `select` has to sort the index.
+        """
+        return self._each(lambda x: x.repeat(times, *[1] * (x.ndim - 1)))
+
+    def _each(self, change) -> 'Conditioning':
+        def changed(x):
+            return None if x is None else change(x)
+        return Conditioning(keys_values=[(change(k), change(v)) for k, v in self.keys_values],
+                            mask=changed(self.mask), state=changed(self.state),
+                            space=changed(self.space))
 
 
 class ActionDiT(nn.Module):

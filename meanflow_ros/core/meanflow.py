@@ -15,6 +15,7 @@ dimensions; each returns a scalar.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -221,8 +222,7 @@ def dispersive_loss(features: Tensor, temperature: float = 0.5) -> Tensor:
     """
     features = features.float()
     squares = torch.cdist(features, features).pow(2) / features.shape[1]
-    return torch.logsumexp((-squares / temperature).flatten(), 0) - 2 * torch.tensor(
-        float(len(features)), device=features.device).log()
+    return torch.logsumexp((-squares / temperature).flatten(), 0) - 2 * math.log(len(features))
 
 
 LOSSES = {'meanflow': meanflow_loss, 'meanflow_partial_t': meanflow_partial_t_loss,

@@ -30,6 +30,7 @@ from meanflow_ros.core.schema import check_keys, read_dataclass, to_plain
 from meanflow_ros.core.storage import replaced_directory
 
 FORMAT = 1
+FILES = ('policy.yaml', 'model.safetensors', 'tokenizer.json', 'README.md')
 MAX_STEPS = 64
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 
@@ -232,12 +233,17 @@ class Policy:
         """Write the checkpoint; weights are stored as `dtype` (bfloat16 halves the size).
 
         The directory is made beside its final name and then renamed, so that it is whole or
-        absent; one that exists is replaced.
+        absent; a checkpoint that exists is replaced. ValueError if it holds anything else.
         """
+        directory = Path(directory).absolute()
+        others = sorted(path.name for path in directory.glob('*') if path.name not in FILES)
+        if others:
+            raise ValueError(f'{directory} holds {others[0]!r}, which is no part of a checkpoint: '
+                             f'choose a directory of its own')
         weights = {name: value.detach().to('cpu', dtype).contiguous()
                    for name, value in self.network.state_dict().items()}
         document = {'format': FORMAT, **to_plain(self.config)}
-        with replaced_directory(Path(directory)) as partial:
+        with replaced_directory(directory) as partial:
             save_file(weights, partial / 'model.safetensors')
             (partial / 'model.safetensors').chmod(0o644)  # save_file makes it private
             self.network.encoder.tokenizer.save(str(partial / 'tokenizer.json'))
@@ -251,7 +257,7 @@ class Policy:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f'checkpoint directory {directory} does not exist')
-        for name in ('policy.yaml', 'model.safetensors', 'tokenizer.json'):
+        for name in FILES[:3]:
             if not (directory / name).is_file():
                 raise CheckpointError(f'checkpoint {directory} has no {name}')
         config = read_config(directory / 'policy.yaml')

@@ -31,14 +31,12 @@ from meanflow_ros.sim.metaworld_robot import EVALUATION_SEED_START
 from meanflow_ros.sim.scene import CAMERAS
 from meanflow_ros.sim.tasks import (
     MT10, MULTIMODAL, OPPOSITE, SAME_PICTURE, TASKS, expand_tasks)
-from meanflow_ros.training.cache import build_cache, open_cache
 from meanflow_ros.training.config import TrainConfig, add_overrides, read_train_config
 from meanflow_ros.training.distributed import Group
 from meanflow_ros.training.heads import encode, train_heads
 from meanflow_ros.training.pairs import PairDataset
 from meanflow_ros.training.policy import make_policy
-from meanflow_ros.training.recordings import find_recordings
-from meanflow_ros.training.train import train
+from meanflow_ros.training.train import decode, train
 
 log = logging.getLogger('meanflow_ros.benchmark')
 MAIN, EXTRA = 'main', 'extra'
@@ -134,9 +132,7 @@ def run(config: TrainConfig, arguments: argparse.Namespace) -> dict:
     tasks = expand_tasks(arguments.tasks)
     device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu')
                           if arguments.device == 'auto' else arguments.device)
-    build_cache(find_recordings(arguments.data), config.robot, config.data, config.image_size,
-                arguments.out / 'cache', arguments.workers)
-    data = open_cache(arguments.out / 'cache')
+    data = decode(arguments.data, config, arguments.out / 'cache', arguments.workers)
     rows, _ = data.split(config.validation)
     encoder_config = dataclasses.replace(config, loss='rf', steps=arguments.encoder_steps,
                                          time_sampling='', guidance=1.0, condition_dropout=0.0)
@@ -298,8 +294,7 @@ def main(argv=None) -> int:
     logging.basicConfig(level=logging.INFO, format='%(levelname)s %(message)s')
     arguments = _parse(argv)
     try:
-        chosen = argparse.Namespace(**{key: value for key, value in vars(arguments).items()})
-        document = run(read_train_config(arguments.config, chosen), arguments)
+        document = run(read_train_config(arguments.config, arguments), arguments)
     except (OSError, RuntimeError, ValueError, FloatingPointError) as error:
         print(f'benchmark: {error}', file=sys.stderr)
         return 1

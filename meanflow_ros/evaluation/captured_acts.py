@@ -27,6 +27,7 @@ class CapturedActs:
             [policy.config.prompt.format(instruction=text) for text in prompts])
         if mask is None:
             mask = torch.ones_like(ids, dtype=torch.bool)
+        self._kept = ids, mask   # the graph reads their memory
         self._row = {text: index for index, text in enumerate(prompts)}
         camera = robot.cameras[0]
         self._pictures = torch.zeros(BATCH, len(robot.cameras), camera.height, camera.width, 3,

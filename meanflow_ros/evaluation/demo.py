@@ -17,7 +17,7 @@ from meanflow_ros.evaluation.system import System, SystemFault
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros.bag import BagWriter
 from meanflow_ros.sim.metaworld_robot import EVALUATION_SEED_START
-from meanflow_ros.sim.tasks import BASIC, TASKS
+from meanflow_ros.sim.tasks import TASKS
 
 LEFT = ('demo.mp4', 'motion.png', 'strip.png', 'bag')
 
@@ -59,8 +59,8 @@ def _parse(argv) -> argparse.Namespace:
         'seeds that training never saw, and leave a video, a plot and a rosbag2 to look at.')
     parser.add_argument('--out', type=Path, default=Path('demo_out'), help='default demo_out')
     parser.add_argument('--episodes', type=int, default=10, help='default 10')
-    parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(BASIC), metavar='TASK',
-                        help=f'taken in turn; default: {", ".join(BASIC)}')
+    parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS), metavar='TASK',
+                        help=f'taken in turn; default: {", ".join(TASKS)}')
     parser.add_argument('--first-seed', type=int, default=EVALUATION_SEED_START + 500,
                         help=f'training used seeds below {EVALUATION_SEED_START}')
     parser.add_argument('--checkpoint', type=Path, help='default: the one that ships')

@@ -20,7 +20,7 @@ from meanflow_ros.evaluation.episodes import EpisodeResult, print_summary, summa
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.sim.metaworld_robot import EVALUATION_SEED_START, PERIOD_S
 from meanflow_ros.sim.scene import CAMERAS
-from meanflow_ros.sim.tasks import BASIC, GROUPS, OPPOSITE, TASKS, expand_tasks
+from meanflow_ros.sim.tasks import GROUPS, OPPOSITE, TASKS, expand_tasks
 
 
 def instruction_of(task: str) -> str:
@@ -101,9 +101,9 @@ def _parse(argv) -> argparse.Namespace:
         'the policy node in a process of its own.')
     sim.add_argument('--checkpoint', type=Path,
                      help='checkpoint directory (default: the one that ships)')
-    sim.add_argument('--tasks', nargs='+', choices=[*TASKS, *GROUPS], default=['basic'],
+    sim.add_argument('--tasks', nargs='+', choices=[*TASKS, *GROUPS], default=['all'],
                      metavar='TASK', help=f'of {", ".join(TASKS)}; or groups: '
-                     f'{", ".join(GROUPS)} (default basic: {", ".join(BASIC)})')
+                     f'{", ".join(GROUPS)} (default all)')
     sim.add_argument('--episodes', type=int, default=50, help='per task (default 50)')
     sim.add_argument('--sampler-steps', type=int, default=0,
                      help="NFE; 0 takes the checkpoint's own (default 0)")

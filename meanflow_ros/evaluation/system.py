@@ -136,6 +136,7 @@ class System:
             task=task, seed=seed, instruction=instruction,
             success=self._episode.message == 'success', steps=int(told['steps']),
             starved_steps=int(told['starved_steps']), chunks=int(statistics['chunks']),
+            mode=told.get('mode', ''),
             latency_p50_ms=float(statistics.get('latency_p50_ms', 'nan')),
             latency_p99_ms=float(statistics.get('latency_p99_ms', 'nan')))
 

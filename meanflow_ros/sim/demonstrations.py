@@ -29,7 +29,7 @@ from meanflow_ros.sim.messages import recorded
 from meanflow_ros.sim.metaworld_robot import (
     ACTION_SPACE, EVALUATION_SEED_START, MAX_STEPS, PERIOD_S, MetaWorldRobot, RobotObservation)
 from meanflow_ros.sim.scene import CAMERAS
-from meanflow_ros.sim.tasks import BASIC, GROUPS, TASKS, expand_tasks
+from meanflow_ros.sim.tasks import GROUPS, TASKS, expand_tasks
 
 STEPS_AFTER_SUCCESS = 12
 ATTEMPTS = 3   # for each success wanted, at most
@@ -204,7 +204,7 @@ def _run_workers(shards: Sequence[_Shard], done: Callable[[str, bool], None]) ->
                 worker.kill()
 
 
-def record(path: Path | str, tasks: Sequence[str] = BASIC, episodes: int = 50,
+def record(path: Path | str, tasks: Sequence[str] = tuple(TASKS), episodes: int = 50,
            first_seed: int = 0, image_size: int = 224, noise: float = 0.3, workers: int = 1,
            camera_every: int = 1) -> dict[str, tuple[int, int]]:
     """Record demonstrations below `path`, one bag per task and worker, until enough succeeded.
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                f'instruction, action, episode. A 224 pixel episode takes a few MB.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('path', type=Path, help='directory for the bags; created if missing')
-    parser.add_argument('--tasks', nargs='+', default=['basic'], choices=[*TASKS, *GROUPS],
+    parser.add_argument('--tasks', nargs='+', default=['all'], choices=[*TASKS, *GROUPS],
                         metavar='TASK', help=f'which of: {", ".join(TASKS)}; or groups: '
                         f'{", ".join(GROUPS)}')
     parser.add_argument('--episodes', type=int, default=50,

@@ -54,8 +54,7 @@ MT10 = ('reach', 'push', 'pick-place', 'door-open', 'drawer-open', 'drawer-close
         'button-press-topdown', 'peg-insert-side', 'window-open', 'window-close')
 SAME_PICTURE = ('faucet-open', 'faucet-close')
 MULTIMODAL = tuple(name for name, task in TASKS.items() if task.modes)
-BASIC = tuple(TASKS)[:7]   # those of the checkpoint that ships
-GROUPS = {'basic': BASIC, 'mt10': MT10, 'same-picture': SAME_PICTURE, 'multimodal': MULTIMODAL,
+GROUPS = {'mt10': MT10, 'same-picture': SAME_PICTURE, 'multimodal': MULTIMODAL,
           'all': tuple(TASKS)}
 OPPOSITE = {'faucet-open': 'faucet-close', 'faucet-close': 'faucet-open',
             'drawer-open': 'drawer-close', 'drawer-close': 'drawer-open',

@@ -74,7 +74,9 @@ class Gradients:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+        # On a stream of its own: graphs captured on one stream share the workspace of cuBLAS, and
+        # must not run at the same time. The loader's threads may use the device meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
             value = self._eager(fixed, moving, True)
 
         def replay(batch: Mapping[str, Tensor]) -> Tensor:

@@ -137,7 +137,7 @@ class TrainingLoss(nn.Module):
         observations, draws = len(batch['state']), len(batch['t']) // len(batch['state'])
         repeat = torch.arange(observations, device=batch['t'].device).repeat(draws)
         if draws > 1:
-            conditioning = conditioning.select(repeat)
+            conditioning = conditioning.repeat(draws)
         x = self._normalized('action', batch['chunk'])
         unused = self.action_weights.numel() - x.shape[-1]
         x, e = F.pad(x, (0, unused))[repeat], F.pad(batch['e'], (0, unused))

@@ -7,8 +7,11 @@ its name only when it is complete. The newest two are kept.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -43,8 +46,9 @@ class Snapshots:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self._group.wait()
-        dcp.save(_state(model, optimizer, average), checkpoint_id=partial,
-                 no_dist=self._group.size == 1)
+        with _quietly():
+            dcp.save(_state(model, optimizer, average), checkpoint_id=partial,
+                     no_dist=self._group.size == 1)
         if self._group.first:
             (partial / RUN_FILE).write_text(json.dumps({'step': step, 'run': run}, indent=1))
             flush_tree(partial)
@@ -73,10 +77,19 @@ class Snapshots:
                              f'({"; ".join(different)}); use another --out, or remove '
                              f'{self._directory} to start again')
         state = _state(model, optimizer, average)
-        dcp.load(state, checkpoint_id=newest, no_dist=self._group.size == 1)
+        with _quietly():
+            dcp.load(state, checkpoint_id=newest, no_dist=self._group.size == 1)
         set_state_dict(model, optimizer, model_state_dict=state['model'],
                        optim_state_dict=state['optimizer'])
         return document['step']
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out the remark that there is only one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='torch.distributed is disabled')
+        yield
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedWeights) -> dict:

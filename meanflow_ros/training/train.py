@@ -197,18 +197,28 @@ def _parse(argv) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare_data(config: TrainConfig, arguments: argparse.Namespace, group: Group) -> PairDataset:
-    """Decode the recordings into the cache, if that is not done, and open it."""
-    cache = arguments.cache or arguments.out / 'cache'
-    if group.first:
-        build_cache(find_recordings(arguments.data), config.robot, config.data,
-                    config.image_size, cache, arguments.workers)
-    group.wait()
+def decode(recordings: Path, config: TrainConfig, cache: Path, workers: int) -> PairDataset:
+    """Decode what is below `recordings` into `cache`, unless it holds just that, and open it."""
+    with tqdm(unit='episode', desc='decoding', file=sys.stderr) as bar:
+        def told(name: str, rows: int, reason: str | None) -> None:
+            bar.update()
+            if reason:
+                bar.write(f'skipped {name}: {reason}', file=sys.stderr)
+
+        build_cache(find_recordings(recordings), config.robot, config.data, config.image_size,
+                    cache, workers, told)
     data = open_cache(cache)
-    if group.first:
-        log.info('%d observations of %d episodes, %d instructions, %d episodes skipped',
-                 len(data), len(data.episode_names), len(data.instructions), len(data.skipped))
+    log.info('%d observations of %d episodes, %d instructions, %d episodes skipped', len(data),
+             len(data.episode_names), len(data.instructions), len(data.skipped))
     return data
+
+
+def decode_once(config: TrainConfig, arguments: argparse.Namespace, group: Group) -> PairDataset:
+    """Let the first process decode the recordings; the others wait and open the cache."""
+    cache = arguments.cache or arguments.out / 'cache'
+    data = decode(arguments.data, config, cache, arguments.workers) if group.first else None
+    group.wait()
+    return data or open_cache(cache)
 
 
 def main(argv=None) -> int:
@@ -220,7 +230,7 @@ def main(argv=None) -> int:
     try:
         config = read_train_config(arguments.config, arguments)
         group = join_group(arguments.device)
-        data = prepare_data(config, arguments, group)
+        data = decode_once(config, arguments, group)
         policy = train(config, data, arguments.out, group, strategy=arguments.strategy,
                        weights_dtype=DTYPES[arguments.weights], wandb_project=arguments.wandb)
     except KeyboardInterrupt:

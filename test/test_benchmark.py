@@ -1,0 +1,123 @@
+"""Comparing recipes: what is trained on stored features, what is run, and the table of it."""
+
+import dataclasses
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+import training_rig
+
+from meanflow_ros.core.policy import Policy
+from meanflow_ros.training.distributed import Group
+from meanflow_ros.training.heads import encode, train_heads
+from meanflow_ros.training.train import train
+
+if importlib.util.find_spec('metaworld') is None:
+    pytest.skip('metaworld is missing: install .[sim]', allow_module_level=True)
+
+from meanflow_ros.evaluation.benchmark import (  # noqa: E402
+    CEILING, PROBED, RECIPES, Trial, jobs_of, table, trials_of)
+from meanflow_ros.sim.tasks import MT10, TASKS  # noqa: E402
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture(scope='module')
+def encoded(tmp_path_factory):
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp('benchmark')
+    data = training_rig.make_data(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        training_rig.make_networks_small(patch)
+        config = training_rig.config(loss='rf', steps=2)
+        encoder = Policy.load(train(config, data, directory / 'run',
+                                    Group(rank=0, size=1, device=CPU)))
+    return data, encoder
+
+
+def test_stored_features_are_what_the_encoder_says_in_every_view(encoded):
+    data, encoder = encoded
+    plain = training_rig.config(shift_pixels=0.0, colour=0.0)
+    rows = np.array([3, 0, 7])
+    features = encode(encoder, data, rows, 2, plain, CPU)
+    batch = data.gather(rows)
+    ids, mask = encoder.network.encoder.tokenize(data.instructions)
+    with torch.no_grad():
+        context, own_mask = encoder.network.encoder(
+            batch.pictures.movedim(-1, -3).float(), ids[batch.instruction],
+            None if mask is None else mask[batch.instruction])
+    assert features.context.shape == (2, *context.shape)
+    for view in features.context:
+        torch.testing.assert_close(view, context, atol=1e-4, rtol=1e-4)
+    if own_mask is not None:
+        assert torch.equal(features.mask[batch.instruction], own_mask)
+    torch.testing.assert_close(features.chunk, batch.chunk)
+    moved = encode(encoder, data, rows, 2, training_rig.config(), CPU)
+    assert (moved.context[0] - moved.context[1]).abs().max() > 1e-3
+
+
+def test_each_recipe_gets_its_own_network_on_the_same_encoder(encoded, monkeypatch):
+    training_rig.make_networks_small(monkeypatch)
+    data, encoder = encoded
+    config = training_rig.config(freeze='encoder', steps=3)
+    features = encode(encoder, data, np.arange(len(data)), 2, config, CPU)
+    policies = train_heads({
+        'l1': dataclasses.replace(config, loss='l1'), 'a': config,
+        'b': dataclasses.replace(config, seed=1), 'again': config}, encoder, data, features, CPU)
+    assert {name: policy.config.sampler for name, policy in policies.items()} == {
+        'l1': 'regression', 'a': 'average', 'b': 'average', 'again': 'average'}
+
+    def weights(name):
+        return torch.cat([p.flatten() for p in policies[name].network.dit.parameters()])
+
+    assert torch.equal(weights('a'), weights('again'))
+    assert not torch.equal(weights('a'), weights('b'))
+    for policy in policies.values():
+        assert policy.network.encoder is encoder.network.encoder
+
+
+def test_main_recipes_run_from_every_seed_and_extra_ones_from_the_first():
+    trials = trials_of(['rf', 'rf-beta', PROBED], 3)
+    assert [(t.seed, t.nfe) for t in trials if t.recipe == 'rf'] == [
+        (seed, nfe) for seed in range(3) for nfe in (1, 2, 4)]
+    assert {t.seed for t in trials if t.recipe == 'rf-beta'} == {0}
+    assert [t.condition for t in trials if t.recipe == PROBED] == [
+        'normal', 'normal', 'normal', 'swapped', 'blanked']
+    assert len({t.policy for t in trials}) == 9 + 2 + 3
+
+
+def test_a_swapped_trial_says_the_opposite_and_a_blanked_one_shows_nothing():
+    swapped = jobs_of(Trial(recipe='rf', seed=0, nfe=1, condition='swapped'), tuple(TASKS), 2)
+    assert len(swapped) == 12
+    for job in swapped:
+        assert job.instruction != TASKS[job.task].instruction
+    blanked = jobs_of(Trial(recipe='rf', seed=0, nfe=1, condition='blanked'), MT10, 5, 3)
+    assert [job.blank_cameras for job in blanked] == [('static', 'wrist')] * 20
+    assert {job.seed for job in blanked} == {100_003, 100_004}
+
+
+def trial(recipe, seed, nfe, reach, wall, modes, condition='normal'):
+    return {'recipe': recipe, 'seed': seed, 'nfe': nfe, 'condition': condition, 'tasks': {
+        'reach': {'episodes': 10, 'successes': reach},
+        'pass-wall': {'episodes': 10, 'successes': wall, 'modes': modes}}}
+
+
+def test_the_table_has_means_over_seeds_their_spread_and_the_modes():
+    text = table({'trials': [
+        trial('rf', 0, 4, 7, 9, {'left': 3, 'right': 6}),
+        trial('rf', 1, 4, 9, 8, {'left': 4, 'right': 4}),
+        trial('l1', 0, 1, 5, 0, {}), trial('expert', 0, 0, 10, 10, {'left': 5, 'right': 5})]})
+    lines = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()]
+    assert lines[2][:3] == ['rf', '4', '80.0% ± 14.1']
+    assert lines[2][4] == '85.0% ± 7.1' and 'left 41%, right 59%' in lines[2]
+    assert lines[3][:3] == ['l1', '1', '50.0%'] and lines[3][4] == '0.0%'
+    assert lines[4][:2] == ['expert', '']
+
+
+def test_every_recipe_is_a_configuration_that_can_be_trained():
+    for recipe in RECIPES.values():
+        dataclasses.replace(training_rig.config(), freeze='encoder', **recipe.changes)
+    assert CEILING.policy == 'scripted expert'
+    assert json.dumps(dataclasses.asdict(CEILING))
