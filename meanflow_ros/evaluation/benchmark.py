@@ -117,12 +117,13 @@ def trials_of(recipes: Sequence[str], seeds: int) -> list[Trial]:
 def jobs_of(trial: Trial, tasks: Sequence[str], end: int, start: int = 0) -> list[Job]:
     """Return a trial's episodes start .. end - 1 of each task.
 
-    With swapped instructions only those tasks that have another.
+    Every episode has noise of its own, the same for all trials of one training seed. With swapped
+    instructions only those tasks that have another.
     """
     told = OPPOSITE if trial.condition == 'swapped' else {task: task for task in tasks}
     blank = CAMERAS if trial.condition == 'blanked' else ()
     return [Job(policy=trial.policy, task=task, seed=EVALUATION_SEED_START + number,
-                noise_seed=trial.seed, instruction=TASKS[told[task]].instruction,
+                noise_seed=1000 * trial.seed + number, instruction=TASKS[told[task]].instruction,
                 blank_cameras=tuple(blank))
             for task in tasks if task in told for number in range(start, end)]
 
