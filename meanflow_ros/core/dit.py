@@ -266,7 +266,7 @@ class Conditioning:
         return self._each(lambda x: x[index])
 
     def repeat(self, times: int) -> 'Conditioning':
-        """Return the conditioning of the batch `times` over: samples 0 .. B-1, 0 .. B-1, and so on.
+        """Return the conditioning of the batch `times` over: samples 0 .. B-1, 0 .. B-1 ...
 
         The gradient of this is a sum; that of `select` has to sort the index.
         """
