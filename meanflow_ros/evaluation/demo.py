@@ -36,13 +36,14 @@ def run(arguments: argparse.Namespace) -> list[EpisodeResult]:
               'device': arguments.device, 'sampler_steps': arguments.sampler_steps}
     with System(out / 'logs', policy=policy, sim={}) as system, BagWriter(out / 'bag') as bag:
         recorder = RunRecorder(system.node, bag)
-        print(f'{"":3} {"task":22} {"instruction":22} {"result":8} {"steps":>5} '
+        wide = max(len(instruction_of(task)) for task in arguments.tasks[:arguments.episodes])
+        print(f'{"":3} {"task":22} {"instruction":{wide}} {"result":8} {"steps":>5} '
               f'{"inference p50":>13} {"p99":>9}', flush=True)
         for number in range(arguments.episodes):
             task = arguments.tasks[number % len(arguments.tasks)]
             result = system.run_episode(task, arguments.first_seed + number, instruction_of(task))
             results.append(result)
-            print(f'{number + 1:3} {task:22} {result.instruction:22} '
+            print(f'{number + 1:3} {task:22} {result.instruction:{wide}} '
                   f'{"success" if result.success else "failure":8} {result.steps:5} '
                   f'{result.latency_p50_ms:10.1f} ms {result.latency_p99_ms:6.1f} ms', flush=True)
     print('writing the video, the plot and the bag ...', flush=True)

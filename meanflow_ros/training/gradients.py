@@ -64,18 +64,20 @@ class Gradients:
 
     def _capture(self, batch: Mapping[str, Tensor], moving: int):
         fixed = {name: value.clone() for name, value in batch.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        # Graphs that were captured on one stream share the workspace of cuBLAS, so they must also
+        # run on one: what is asked for on a stream of its own is captured there.
+        current = torch.cuda.current_stream()
+        stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
                 self._eager(fixed, moving, True)
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         graph = torch.cuda.CUDAGraph()
-        # On a stream of its own: graphs captured on one stream share the workspace of cuBLAS, and
-        # must not run at the same time. The loader's threads may use the device meanwhile.
+        # thread_local: the loader's threads may use the device meanwhile.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
             value = self._eager(fixed, moving, True)
 
