@@ -16,3 +16,20 @@ def micro_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp('checkpoints') / 'micro'
     make_policy().save(path)
     return path
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Return the training pairs of a tiny bag, see training_rig.py."""
+    import training_rig
+    return training_rig.make_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    """Let the trainer build tiny networks, on one thread and without TensorBoard."""
+    import torch
+    import training_rig
+    torch.set_num_threads(1)
+    training_rig.make_networks_small(monkeypatch)
+    monkeypatch.setattr('meanflow_ros.training.record._tensorboard', lambda *_: None)

@@ -10,7 +10,6 @@ import torch
 import training_rig
 
 from meanflow_ros.core.policy import Policy
-from meanflow_ros.training.distributed import Group
 from meanflow_ros.training.heads import encode, train_heads
 from meanflow_ros.training.train import train
 
@@ -33,7 +32,7 @@ def encoded(tmp_path_factory):
         training_rig.make_networks_small(patch)
         config = training_rig.config(loss='rf', steps=2)
         encoder = Policy.load(train(config, data, directory / 'run',
-                                    Group(rank=0, size=1, device=CPU)))
+                                    training_rig.ALONE))
     return data, encoder
 
 

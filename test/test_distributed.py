@@ -1,6 +1,5 @@
 """Several processes compute what one does."""
 
-import json
 import os
 import socket
 
@@ -10,26 +9,15 @@ import torch
 import training_rig
 
 from meanflow_ros.core.policy import Policy
-from meanflow_ros.training.distributed import Group, full_weights, join_group, leave_group, wrap
+from meanflow_ros.training.distributed import full_weights, join_group, leave_group, wrap
 from meanflow_ros.training.draws import draw_rows
 from meanflow_ros.training.gradients import Gradients, average_gradients
 from meanflow_ros.training.objective import TrainingLoss
 from meanflow_ros.training.policy import make_policy
 from meanflow_ros.training.train import parts_of, train
 
-ALONE = Group(rank=0, size=1, device=torch.device('cpu'))
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return training_rig.make_data(tmp_path_factory.mktemp('data'))
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    torch.set_num_threads(1)
-    training_rig.make_networks_small(monkeypatch)
-    monkeypatch.setattr('meanflow_ros.training.record._tensorboard', lambda *_: None)
+pytestmark = pytest.mark.usefixtures('small_networks')
+ALONE, losses_of = training_rig.ALONE, training_rig.losses_of
 
 
 def on_ranks(function, *arguments, errors, size=2):
@@ -113,10 +101,6 @@ def test_recomputed_activations_give_the_same_gradients(data, tmp_path):
 
 def whole_run(group, config, data, out, strategy):
     train(config, data, out, group, strategy=strategy)
-
-
-def losses_of(run):
-    return [json.loads(line)['loss'] for line in (run / 'losses.jsonl').read_text().splitlines()]
 
 
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])

@@ -21,28 +21,11 @@ from meanflow_ros.core.policy import Policy
 from meanflow_ros.core.schema import to_plain
 from meanflow_ros.training import train as train_module
 from meanflow_ros.training.config import read_train_config
-from meanflow_ros.training.distributed import Group
 from meanflow_ros.training.train import NonFiniteLoss, main, train
 
 CONFIG = Path(__file__).parent.parent / 'config' / 'train_metaworld.yaml'
-ALONE = Group(rank=0, size=1, device=torch.device('cpu'))
-config = training_rig.config
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return training_rig.make_data(tmp_path_factory.mktemp('data'))
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    torch.set_num_threads(1)
-    training_rig.make_networks_small(monkeypatch)
-    monkeypatch.setattr('meanflow_ros.training.record._tensorboard', lambda *_: None)
-
-
-def losses_of(run):
-    return [json.loads(line)['loss'] for line in (run / 'losses.jsonl').read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures('small_networks')
+ALONE, config, losses_of = training_rig.ALONE, training_rig.config, training_rig.losses_of
 
 
 def weights_of(run):
@@ -77,6 +60,38 @@ def test_every_option_trains(data, tmp_path, changes):
     train(config(steps=2, **changes), data, tmp_path / 'run', ALONE)
     assert np.isfinite(losses_of(tmp_path / 'run')).all()
     Policy.load(tmp_path / 'run' / 'policy')
+
+
+def objective(data, spoil=None, **changes):
+    """Return the loss of a fixed batch and fixed weights under these options."""
+    settings = config(batch_size=6, condition_dropout=0.4, **changes)
+    torch.manual_seed(3)
+    policy = train_module.make_policy(settings, data)
+    for value in policy.network.dit.state_dict().values():     # gates begin as zero
+        if value.is_floating_point() and not value.any():
+            value.normal_(0.0, 0.3)
+    loss = train_module.TrainingLoss(policy.network.requires_grad_(True), settings, policy.config,
+                                     data.instructions)
+    batch = data.gather(np.arange(6)).tensors()
+    if spoil is not None:
+        batch['chunk'][..., spoil] = 0.0
+    ((part, moving),) = train_module.parts_of(batch, settings, 0, ALONE)
+    return loss(part, moving).item()
+
+
+@pytest.mark.parametrize('changes', [
+    {'guidance': 1.8}, {'guidance_mix': 0.4}, {'dispersive': 0.3}, {'weight_eps': 0.5},
+    {'weight_power': 0.5}, {'dimension_weights': (1.0, 0.0, 3.0)}, {'loss': 'improved'},
+    {'loss': 'dpm', 'dpm_h_step': 0.3}, {'data_proportion': 0.0}, {'time_sampling': 'v1'},
+    {'colour': 0.0}, {'shift_pixels': 0.0}, {'max_frequency': 100.0}])
+def test_every_option_of_the_objective_changes_the_loss_of_the_same_batch(data, changes):
+    assert objective(data, **changes) != objective(data)
+
+
+def test_a_dimension_without_weight_does_not_count(data):
+    ignored = {'dimension_weights': (1.0, 0.0, 1.0), 'loss': 'l1'}
+    assert objective(data, spoil=1, **ignored) == objective(data, **ignored)
+    assert objective(data, spoil=0, **ignored) != objective(data, **ignored)
 
 
 def test_training_lowers_the_error_on_what_it_has_seen(data, tmp_path):

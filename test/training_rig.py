@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import made_bags
 import numpy as np
+import torch
 
 from meanflow_ros.core.dit import DiTConfig
 from meanflow_ros.core.encoder import EncoderConfig
 from meanflow_ros.training import policy as training_policy
 from meanflow_ros.training.cache import build_cache, open_cache
 from meanflow_ros.training.config import TrainConfig
+from meanflow_ros.training.distributed import Group
 
 ROBOT = made_bags.ROBOT
 SIZE = 32
+ALONE = Group(rank=0, size=1, device=torch.device('cpu'))
 
 
 def config(**changes) -> TrainConfig:
@@ -57,6 +61,11 @@ def make_data(directory: Path, **changes):
         write_bag(bag)
     build_cache([bag], ROBOT, settings.data, SIZE, directory / 'cache')
     return open_cache(directory / 'cache')
+
+
+def losses_of(run: Path) -> list[float]:
+    """Return the losses of a run's directory, step by step."""
+    return [json.loads(line)['loss'] for line in (run / 'losses.jsonl').read_text().splitlines()]
 
 
 def make_networks_small(monkeypatch) -> None:

@@ -32,7 +32,7 @@ from meanflow_ros.sim.scene import CAMERAS
 from meanflow_ros.sim.tasks import (
     MT10, MULTIMODAL, OPPOSITE, SAME_PICTURE, TASKS, expand_tasks)
 from meanflow_ros.training.config import TrainConfig, add_overrides, read_train_config
-from meanflow_ros.training.distributed import Group
+from meanflow_ros.training.distributed import join_group
 from meanflow_ros.training.heads import encode, train_heads
 from meanflow_ros.training.pairs import PairDataset
 from meanflow_ros.training.policy import make_policy
@@ -131,14 +131,13 @@ def jobs_of(trial: Trial, tasks: Sequence[str], end: int, start: int = 0) -> lis
 def run(config: TrainConfig, arguments: argparse.Namespace) -> dict:
     """Train and evaluate all recipes; return what was measured, as it is written to JSON."""
     tasks = expand_tasks(arguments.tasks)
-    device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu')
-                          if arguments.device == 'auto' else arguments.device)
+    group = join_group(arguments.device)
+    device = group.device
     data = decode(arguments.data, config, arguments.out / 'cache', arguments.workers)
     rows, _ = data.split(config.validation)
     encoder_config = dataclasses.replace(config, loss='rf', steps=arguments.encoder_steps,
                                          time_sampling='', guidance=1.0, condition_dropout=0.0)
-    encoder = Policy.load(train(encoder_config, data, arguments.out / 'encoder',
-                                Group(rank=0, size=1, device=device),
+    encoder = Policy.load(train(encoder_config, data, arguments.out / 'encoder', group,
                                 weights_dtype=torch.float32), device=device)
     trials = trials_of(arguments.recipes, arguments.seeds)
     configs = {f'{trial.recipe}/{trial.seed}': dataclasses.replace(

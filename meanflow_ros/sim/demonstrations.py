@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from meanflow_ros.core.contract import NANOSECONDS
+from meanflow_ros.processes import running
 from meanflow_ros.ros.bag import BagWriter
 from meanflow_ros.sim import messages
 from meanflow_ros.sim.messages import recorded
@@ -177,9 +178,7 @@ def _run_workers(shards: Sequence[_Shard], done: Callable[[str, bool], None]) ->
     results = context.Queue()
     workers = [context.Process(target=_worker, args=(shard, results), daemon=True)
                for shard in shards]
-    try:
-        for worker in workers:
-            worker.start()
+    with running(workers):
         while True:
             ended = all(worker.exitcode is not None for worker in workers)
             try:
@@ -194,14 +193,6 @@ def _run_workers(shards: Sequence[_Shard], done: Callable[[str, bool], None]) ->
             if task is None:
                 raise RuntimeError(outcome)
             done(task, outcome)
-    finally:
-        for worker in workers:
-            if worker.pid is not None:
-                worker.terminate()
-        for worker in workers:
-            if worker.pid is not None:
-                worker.join(timeout=10)
-                worker.kill()
 
 
 def record(path: Path | str, tasks: Sequence[str] = tuple(TASKS), episodes: int = 50,

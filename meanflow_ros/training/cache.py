@@ -28,6 +28,7 @@ import torch
 
 from meanflow_ros.core.contract import RobotSpec
 from meanflow_ros.core.schema import to_plain
+from meanflow_ros.processes import running
 from meanflow_ros.training.data_config import DataConfig, find_instruction_file
 from meanflow_ros.training.episode import Skipped
 from meanflow_ros.training.pairs import FORMAT, INDEX, NUMBERS, PairDataset, read_index
@@ -242,11 +243,9 @@ def _entries(plan: _Plan, jobs: Sequence[_Job], workers: int) -> Iterator[dict]:
         waiting.put(None)
     processes = [context.Process(target=_work, args=(plan, shard, waiting, results), daemon=True)
                  for shard in range(workers)]
-    running = workers
-    try:
-        for process in processes:
-            process.start()
-        while running:
+    working = workers
+    with running(processes):
+        while working:
             try:
                 kind, value = results.get(timeout=WORKER_CHECK_S)
             except queue.Empty:
@@ -259,16 +258,7 @@ def _entries(plan: _Plan, jobs: Sequence[_Job], workers: int) -> Iterator[dict]:
                 yield value
             elif kind == 'error':
                 raise value
-            running -= kind == 'done'
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-        for process in processes:
-            if process.pid is not None:
-                process.join(timeout=10)
-                process.kill()
-                process.join()
+            working -= kind == 'done'
 
 
 def _work(plan: _Plan, shard: int, waiting, results) -> None:

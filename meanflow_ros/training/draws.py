@@ -15,6 +15,7 @@ from torch import Tensor
 from meanflow_ros.core.times import PAIRS, sample_pairs, sample_single
 from meanflow_ros.training.config import TrainConfig
 
+CHANGES = ('shift', 'gain', 'bias')
 _ROWS, _NOISE = 0, 1   # streams of their own, so that a change in one leaves the other alone
 
 
@@ -61,14 +62,25 @@ class Draws:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything but `moving`, which is the same in every step."""
-        return {name: getattr(self, name)
-                for name in ('e', 't', 'r', 'dropped', 'shift', 'gain', 'bias')}
+        return {name: getattr(self, name) for name in ('e', 't', 'r', 'dropped', *CHANGES)}
+
+
+def draw_changes(config: TrainConfig, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return random CHANGES of the pictures of `count` observations, on the generator's device."""
+    cameras = len(config.robot.cameras)
+
+    def signed(*shape):
+        return torch.rand(*shape, generator=generator, device=generator.device) * 2 - 1
+
+    return {'shift': signed(count, cameras, 2) * config.shift_pixels,
+            'gain': 1 + signed(count, cameras, 3) * config.colour,
+            'bias': signed(count, cameras) * config.colour * 128}
 
 
 def draw(config: TrainConfig, step: int, share: Share) -> Draws:
     """Return the random numbers of `share` of the batch of `step`."""
     generator = _generator(config, step, _NOISE)
-    batch, draws, cameras = config.batch_size, config.noise_samples, len(config.robot.cameras)
+    batch, draws = config.batch_size, config.noise_samples
     name = config.time_sampling
     if config.loss in ('rf', 'l1'):
         times = sample_single(name or 'uniform', draws * batch, generator)
@@ -78,13 +90,7 @@ def draw(config: TrainConfig, step: int, share: Share) -> Draws:
                              one_step_proportion=config.one_step_proportion)
     e = torch.randn(draws * batch, config.robot.horizon, config.robot.action_space.size,
                     generator=generator)
-
-    def signed(*shape):
-        return torch.rand(*shape, generator=generator) * 2 - 1
-
-    shift = signed(batch, cameras, 2) * config.shift_pixels
-    gain = 1 + signed(batch, cameras, 3) * config.colour
-    bias = signed(batch, cameras) * config.colour * 128
+    changes = draw_changes(config, batch, generator)
     dropped = torch.rand(batch, generator=generator) < config.condition_dropout
 
     def own(values: Tensor) -> Tensor:                             # (N * B, ...) -> (N * b, ...)
@@ -92,6 +98,6 @@ def draw(config: TrainConfig, step: int, share: Share) -> Draws:
             :, share.index::share.count].flatten(0, 1).contiguous()
 
     return Draws(e=own(e), t=own(times.t), r=own(times.r),
-                 dropped=share.of(dropped).contiguous(), shift=share.of(shift).contiguous(),
-                 gain=share.of(gain).contiguous(), bias=share.of(bias).contiguous(),
+                 dropped=share.of(dropped).contiguous(),
+                 **{name: share.of(values).contiguous() for name, values in changes.items()},
                  moving=int((own(torch.arange(draws * batch)) < times.moving).sum()))

@@ -21,7 +21,7 @@ from meanflow_ros.core.dit import Conditioning
 from meanflow_ros.core.policy import Policy
 from meanflow_ros.training.augment import augment
 from meanflow_ros.training.config import TrainConfig
-from meanflow_ros.training.draws import Share, draw, draw_rows
+from meanflow_ros.training.draws import CHANGES, Share, draw, draw_changes, draw_rows
 from meanflow_ros.training.gradients import Gradients
 from meanflow_ros.training.objective import TrainingLoss
 from meanflow_ros.training.optimizer import (
@@ -65,9 +65,6 @@ def encode(policy: Policy, data: PairDataset, rows: np.ndarray, views: int, conf
     reduced = torch.bfloat16 if device.type == 'cuda' else torch.float32
     rest = {name: [] for name in ('state', 'chunk', 'mask', 'instruction')}
 
-    def signed(*shape):
-        return torch.rand(*shape, generator=generator, device=device) * 2 - 1
-
     for start in tqdm(range(0, len(rows), ENCODE_ROWS), 'encoding', file=sys.stderr):
         batch = data.gather(rows[start:start + ENCODE_ROWS]).tensors()
         for name, values in rest.items():
@@ -75,10 +72,8 @@ def encode(policy: Policy, data: PairDataset, rows: np.ndarray, views: int, conf
         pixels = batch['pictures'].to(device).movedim(-1, -3).float()
         which = batch['instruction'].to(device)
         for view in range(views):
-            count, cameras = pixels.shape[:2]
-            seen = augment(pixels, shift=signed(count, cameras, 2) * config.shift_pixels,
-                           gain=1 + signed(count, cameras, 3) * config.colour,
-                           bias=signed(count, cameras) * config.colour * 128)
+            count = len(pixels)
+            seen = augment(pixels, **draw_changes(config, count, generator))
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
                 context, own_mask = encoder(seen, ids[which], None if prompt_mask is None
                                             else prompt_mask[which])
@@ -103,13 +98,7 @@ class _HeadLoss(TrainingLoss):
 
     def condition(self, batch: dict[str, Tensor]) -> Conditioning:
         mask = None if self._context_mask is None else self._context_mask[batch['instruction']]
-        dit, context = self.network.dit, batch['context'].float()
-        if dit.config.null_context:
-            context = dit.drop_context(context, batch['dropped'])
-        state = self._normalized('state', batch['state']) if hasattr(self, 'state_low') else None
-        space = torch.full((len(context),), self.network.space_index, device=context.device)
-        with self._precision(self._config.precision == 'bfloat16'):
-            return dit.condition(context, mask, state, space)
+        return self._conditioned_on(batch['context'], mask, batch)
 
 
 class _Head:
@@ -201,5 +190,5 @@ def _batch(config: TrainConfig, features: Features, rows: np.ndarray, step: int,
                           .manual_seed((config.seed << 32) + step)).to(device)
     batch = {**features.batch(chosen, views), **{
         name: value.to(device, non_blocking=True) for name, value in draws.tensors().items()
-        if name not in ('shift', 'gain', 'bias')}}
+        if name not in CHANGES}}
     return batch, draws.moving

@@ -102,11 +102,16 @@ class TrainingLoss(nn.Module):
         with self._precision(self._config.precision != 'float32'):
             with torch.no_grad() if frozen else contextlib.nullcontext():
                 context, mask = self._fast[0](pixels, ids, mask)
+        return self._conditioned_on(context, mask, batch)
+
+    def _conditioned_on(self, context: Tensor, mask: Tensor | None,
+                        batch: dict[str, Tensor]) -> Conditioning:
+        """Return what the action network holds for an encoded batch."""
         dit = self.network.dit
         if dit.config.null_context:
             context = dit.drop_context(context, batch['dropped'])
         state = self._normalized('state', batch['state']) if hasattr(self, 'state_low') else None
-        space = torch.full((len(pixels),), self.network.space_index, device=pixels.device)
+        space = torch.full((len(context),), self.network.space_index, device=context.device)
         with self._precision(self._config.precision == 'bfloat16'):
             return dit.condition(context.float(), mask, state, space)
 
