@@ -111,9 +111,9 @@ def train(config: TrainConfig, data: PairDataset, out: Path, group: Group, *,
                 with average.applied():
                     validator.run(done, full_weights(model, group))
         with average.applied():
-            weights = full_weights(model, group)
-        if group.first:
-            validator.filled(weights).save(out / 'policy', dtype=weights_dtype)
+            weights = full_weights(model, group)   # not a copy: it changes back with the block
+            if group.first:
+                validator.filled(weights).save(out / 'policy', dtype=weights_dtype)
         group.wait()
         return out / 'policy'
     finally:
