@@ -30,6 +30,7 @@ setup(
         'opencv-python-headless>=4.6',
         'pyyaml',
         'rosbags>=0.10',
+        'ruckig>=0.14',  # commands that keep velocity, acceleration and jerk limits
         'safetensors',
         'setuptools',
         'tokenizers',
