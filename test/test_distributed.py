@@ -11,7 +11,7 @@ import training_rig
 from meanflow_ros.core.policy import Policy
 from meanflow_ros.training.distributed import full_weights, join_group, leave_group, wrap
 from meanflow_ros.training.draws import draw_rows
-from meanflow_ros.training.gradients import Gradients, average_gradients
+from meanflow_ros.training.gradients import Gradients, in_one_tensor
 from meanflow_ros.training.objective import TrainingLoss
 from meanflow_ros.training.policy import make_policy
 from meanflow_ros.training.train import parts_of, train
@@ -59,7 +59,7 @@ def gradients(group, config, data, strategy, path):
     for index, (part, moving) in enumerate(parts_of(batch, config, 0, group)):
         adder.add(part, moving, synchronize=index + 1 == config.accumulate)
     if strategy == 'graph':
-        average_gradients(parameters, group)
+        group.average(in_one_tensor(parameters))
     whole = {name: value.grad.full_tensor() if hasattr(value.grad, 'full_tensor') else value.grad
              for name, value in loss.network.named_parameters()}
     assert full_weights(model, group) or group.rank

@@ -46,12 +46,20 @@ class Group:
         if self.size > 1:
             dist.barrier()
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Return the mean of `value` over the processes."""
-        if self.size > 1:
-            value = value.clone()
+    def average(self, value: Tensor) -> None:
+        """Replace `value` by its mean over the processes."""
+        if self.size == 1:
+            return
+        if value.is_cuda:
+            dist.all_reduce(value, op=dist.ReduceOp.AVG)
+        else:   # gloo only adds
             dist.all_reduce(value)
             value /= self.size
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean of `value` over the processes."""
+        value = value.clone()
+        self.average(value)
         return value
 
 

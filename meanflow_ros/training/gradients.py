@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from meanflow_ros.training.distributed import Group
 
 WARM_UP_STEPS = 3
-BUCKET_NUMBERS = 64 * 1024 * 1024
 
 
 class Gradients:
@@ -31,6 +30,7 @@ class Gradients:
                  scale: float = 1.0, group: Group | None = None):
         self._model, self._parameters, self._scale = model, parameters, scale
         self._captured, self._group = captured, group
+        self._flat: Tensor | None = None
         self._graphs: dict[int, Callable[[Mapping[str, Tensor]], Tensor]] = {}
 
     def zero(self) -> None:
@@ -52,8 +52,8 @@ class Gradients:
             for parameter, value in zip(self._parameters, before):
                 parameter.grad.zero_() if value is None else parameter.grad.copy_(value)
         loss = self._graphs[moving](batch)
-        if synchronize and self._group and self._group.size > 1:
-            average_gradients(self._parameters, self._group)
+        if synchronize and self._flat is not None:
+            self._group.average(self._flat)
         return loss
 
     def _eager(self, batch: Mapping[str, Tensor], moving: int, synchronize: bool) -> Tensor:
@@ -76,6 +76,8 @@ class Gradients:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self._flat is None and self._group and self._group.size > 1:
+            self._flat = in_one_tensor(self._parameters)
         graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's threads may use the device meanwhile.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
@@ -90,18 +92,13 @@ class Gradients:
         return replay
 
 
-def average_gradients(parameters: Sequence[nn.Parameter], group: Group) -> None:
-    """Replace each gradient by its mean over the processes, a bucket of them at a time."""
-    waiting, size = [], 0
-    for parameter in parameters:
-        waiting.append(parameter.grad)
-        size += parameter.grad.numel()
-        if size >= BUCKET_NUMBERS or parameter is parameters[-1]:
-            mean = group.mean(torch.cat([gradient.flatten() for gradient in waiting]))
-            parts = mean.split([gradient.numel() for gradient in waiting])
-            torch._foreach_copy_(waiting, [part.view_as(gradient)
-                                           for part, gradient in zip(parts, waiting)])
-            waiting, size = [], 0
+def in_one_tensor(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Make the gradients views of one tensor, which one exchange can average, and return it."""
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, part in zip(parameters, flat.split(sizes)):
+        parameter.grad = part.view_as(parameter)
+    return flat
 
 
 @contextlib.contextmanager
