@@ -1,5 +1,6 @@
 """Comparing recipes: what is trained on stored features, what is run, and the table of it."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -17,7 +18,8 @@ if importlib.util.find_spec('metaworld') is None:
     pytest.skip('metaworld is missing: install .[sim]', allow_module_level=True)
 
 from meanflow_ros.evaluation.benchmark import (  # noqa: E402
-    CEILING, PROBED, RECIPES, Trial, jobs_of, table, trials_of)
+    CEILING, PROBED, RECIPES, Trial, counts, evaluate, jobs_of, table, trials_of)
+from meanflow_ros.evaluation.episodes import EpisodeResult  # noqa: E402
 from meanflow_ros.sim.tasks import MT10, TASKS  # noqa: E402
 
 CPU = torch.device('cpu')
@@ -95,6 +97,19 @@ def test_a_swapped_trial_says_the_opposite_and_a_blanked_one_shows_nothing():
     blanked = jobs_of(Trial(recipe='rf', seed=0, nfe=1, condition='blanked'), MT10, 5, 3)
     assert [job.blank_cameras for job in blanked] == [('static', 'wrist')] * 20
     assert {job.seed for job in blanked} == {100_003, 100_004}
+
+
+def test_episodes_that_were_run_elsewhere_are_read_once_and_not_run_again(tmp_path):
+    own = Trial(recipe='rf', seed=0, nfe=1)
+    lines = [json.dumps({'trial': dataclasses.asdict(each), 'result': dataclasses.asdict(
+        EpisodeResult(task='reach', seed=100_000 + number, instruction='', success=number == 0,
+                      steps=9, starved_steps=0, chunks=2, latency_p50_ms=1.0,
+                      latency_p99_ms=2.0))}) for each in (own, CEILING) for number in range(2)]
+    (tmp_path / 'episodes.jsonl').write_text('\n'.join(lines + lines[2:]) + '\n')
+    arguments = argparse.Namespace(out=tmp_path, episodes=2, robots=1, camera_every=4)
+    results = evaluate(None, [own], ['reach'], arguments)
+    assert {each: counts(own) for each, own in results.items()} == {
+        each: {'reach': {'episodes': 2, 'successes': 1}} for each in (own, CEILING)}
 
 
 def trial(recipe, seed, nfe, reach, wall, modes, condition='normal'):

@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -145,12 +145,13 @@ def run(config: TrainConfig, arguments: argparse.Namespace) -> dict:
         for trial in trials}
     policies = trained_heads(configs, encoder, data, rows, config, arguments, device)
     prompts = sorted({task.instruction for task in TASKS.values()})
-    acts = {}
-    for trial in trials:
+
+    def make_act(trial: Trial) -> ActBatch:
         policy = policies[f'{trial.recipe}/{trial.seed}']
-        acts[trial.policy] = (CapturedActs(policy, trial.nfe, prompts) if device.type == 'cuda'
-                              else PolicyActs(policy, trial.nfe))
-    episodes = evaluate(acts, trials, tasks, arguments)
+        return (CapturedActs(policy, trial.nfe, prompts) if device.type == 'cuda'
+                else PolicyActs(policy, trial.nfe))
+
+    episodes = evaluate(make_act, trials, tasks, arguments)
     return {'arguments': {key: str(value) for key, value in vars(arguments).items()
                           if value is not None},
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
@@ -183,25 +184,31 @@ def trained_heads(configs: Mapping[str, TrainConfig], encoder: Policy, data: Pai
     return policies
 
 
-def evaluate(acts: Mapping[str, ActBatch], trials: Sequence[Trial], tasks: Sequence[str],
-             arguments: argparse.Namespace) -> dict[Trial, list[EpisodeResult]]:
+def evaluate(make_act: Callable[[Trial], ActBatch], trials: Sequence[Trial],
+             tasks: Sequence[str], arguments: argparse.Namespace,
+             ) -> dict[Trial, list[EpisodeResult]]:
     """Run the episodes that `episodes.jsonl` does not hold yet; return all of them by trial.
 
     They run in blocks of a few seeds of every trial, so that what is there after an interruption
-    compares all trials.
+    compares all trials. The file may be several joined ones: an episode counts once.
     """
     path = arguments.out / 'episodes.jsonl'
     results: dict[Trial, list[EpisodeResult]] = defaultdict(list)
+    done = set()
     for line in path.read_text().splitlines() if path.exists() else ():
         entry = json.loads(line)
-        results[Trial(**entry['trial'])].append(EpisodeResult(**entry['result']))
-    done = {(trial, result.task, result.seed) for trial, own in results.items() for result in own}
+        trial, result = Trial(**entry['trial']), EpisodeResult(**entry['result'])
+        if (trial, result.task, result.seed) not in done:
+            results[trial].append(result)
+        done.add((trial, result.task, result.seed))
     trial_of = {(job.policy, job.instruction, job.blank_cameras, job.task, job.seed): trial
                 for trial in [*trials, CEILING]
                 for job in jobs_of(trial, tasks, arguments.episodes)}
     jobs = [job for start in range(0, arguments.episodes, BLOCK) for trial in [CEILING, *trials]
             for job in jobs_of(trial, tasks, min(start + BLOCK, arguments.episodes), start)
             if (trial, job.task, job.seed) not in done]
+    asked = {job.policy for job in jobs}
+    acts = {trial.policy: make_act(trial) for trial in trials if trial.policy in asked}
     with (open(path, 'a', encoding='utf-8') as file,
           tqdm(total=len(jobs), desc='episodes', file=sys.stderr, mininterval=2.0) as bar):
         def note(job: Job, result: EpisodeResult) -> None:
