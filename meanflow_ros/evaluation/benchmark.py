@@ -65,7 +65,7 @@ RECIPES = {
     'dpm-stop': Recipe(changes={'loss': 'dpm', 'stop_target': True, 'stop_weight': True}),
     'partial-t': Recipe(changes={'loss': 'meanflow_partial_t'}, nfe=(1, 2)),
     'meanflow-one-step': Recipe(changes={'loss': 'meanflow', 'one_step_proportion': 0.1,
-                                         'data_proportion': 0.5}),
+                                         'data_proportion': 0.5}, nfe=(1, 2)),
     'meanflow-h-decoder': Recipe(changes={'loss': 'meanflow', 'h_in': 'decoder'}, rank=EXTRA),
     'meanflow-h-last-third': Recipe(changes={'loss': 'meanflow', 'h_in': 'adaln_last_third'},
                                     rank=EXTRA),
