@@ -235,7 +235,7 @@ def table(document: dict) -> str:
     for record in document['trials']:
         groups[record['recipe'], record['nfe'], record['condition']].append(record)
     columns = [('MT10', MT10), ('same picture', SAME_PICTURE),
-               *((task, (task,)) for task in MULTIMODAL)]
+               *((task, (task,)) for task in MULTIMODAL), ('all', tuple(TASKS))]
     lines = ['| recipe | NFE | ' + ' | '.join(name for name, _ in columns)
              + ' | modes of successes | seeds |', '|---|---|' + '---|' * (len(columns) + 2)]
     for (recipe, nfe, condition), records in groups.items():
