@@ -227,7 +227,8 @@ def test_ctrl_c_leaves_no_process_behind():
     ({'robot': replace(SPEC, cameras=(SPEC.cameras[0], CameraSpec(
         name='wrist', width=9, height=9)))}, 'have one size'),
     ({'robot': replace(SPEC, action_space=replace(
-        ACTION_SPACE, dimensions=('a', 'b', 'c', 'd')))}, "the policy commands .'a', 'b'"),
+        ACTION_SPACE, dimensions=('a', 'b', 'c', 'd'), rates=(), gripper=()))},
+     "the policy commands .'a', 'b'"),
 ])
 def test_what_cannot_run_is_refused_before_it_starts(changes, message):
     changes = {'jobs': [job()], 'workers': 1, **changes}

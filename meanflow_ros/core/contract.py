@@ -38,6 +38,10 @@ class ActionSpace:
     """What the numbers of an action mean: one name, unit and range per dimension.
 
     lower, upper: (A,) float64, finite, lower < upper, in `units`.
+    max_velocity, max_acceleration, max_jerk: (A,) how fast the commanded value may change, in
+    units per s, s^2 and s^3; .inf or None where nothing is known.
+    rates: the dimensions whose value is itself a rate (a velocity, or a step's increment): they
+    stand still at 0, all others at their last value. gripper: the dimensions that are grippers.
     """
 
     name: str
@@ -45,6 +49,11 @@ class ActionSpace:
     units: tuple[str, ...]
     lower: np.ndarray
     upper: np.ndarray
+    max_velocity: np.ndarray | None = None
+    max_acceleration: np.ndarray | None = None
+    max_jerk: np.ndarray | None = None
+    rates: tuple[str, ...] = ()
+    gripper: tuple[str, ...] = ()
 
     def __post_init__(self):
         _require_unique_names(self.dimensions, f'dimensions of action space {self.name!r}')
@@ -64,11 +73,34 @@ class ActionSpace:
             if not 0 < float(high) - float(low) < np.inf:
                 raise ValueError(f'limits of {name!r} must have lower < upper and a finite '
                                  f'range, got [{low}, {high}]')
+        for bound in ('max_velocity', 'max_acceleration', 'max_jerk'):
+            if getattr(self, bound) is not None:
+                values = frozen_array(getattr(self, bound), np.float64, 1, bound)
+                if values.shape != (size,) or not (values > 0).all():
+                    raise ValueError(f'{bound} of action space {self.name!r} must be {size} '
+                                     f'numbers above 0 (.inf for no limit), got {values}')
+                object.__setattr__(self, bound, values)
+        for role in ('rates', 'gripper'):
+            names = tuple(getattr(self, role))
+            _require_unique_names(names, f'{role} of action space {self.name!r}')
+            unknown = [name for name in names if name not in self.dimensions]
+            if unknown:
+                raise ValueError(f'{role} names {unknown[0]!r}, which is no dimension of action '
+                                 f'space {self.name!r}: {list(self.dimensions)}')
 
     @property
     def size(self) -> int:
         """Return A, the number of action dimensions."""
         return len(self.dimensions)
+
+    @property
+    def is_rate(self) -> np.ndarray:
+        """Return (A,) bool: which dimensions are rates."""
+        return np.isin(self.dimensions, self.rates)
+
+    def at_rest(self, last: np.ndarray) -> np.ndarray:
+        """Return the command (A,) that stands still after `last`: rates 0, the rest as it is."""
+        return np.where(self.is_rate, 0.0, last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +241,11 @@ class TimedActions:
 _GUARD_SEAL = object()
 
 
+def _require_seal(seal) -> None:
+    if seal is not _GUARD_SEAL:
+        raise TypeError('only the guard makes a SafeChunk or a SafeCommand')
+
+
 @dataclass(frozen=True, kw_only=True)
 class SafeChunk:
     """The steps of a chunk that the guard has let pass; only this becomes a command.
@@ -222,5 +259,18 @@ class SafeChunk:
     seal: InitVar[object] = None
 
     def __post_init__(self, seal):
-        if seal is not _GUARD_SEAL:
-            raise TypeError('only the guard makes a SafeChunk')
+        _require_seal(seal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeCommand:
+    """One command (A,) that the guard has let pass, for outputs that stream; as SafeChunk."""
+
+    values: np.ndarray
+    stamp_ns: int
+    space: ActionSpace
+    seal: InitVar[object] = None
+
+    def __post_init__(self, seal):
+        _require_seal(seal)
+        object.__setattr__(self, 'values', frozen_array(self.values, np.float64, 1, 'command'))

@@ -19,7 +19,7 @@ import numpy as np
 
 from meanflow_ros.core.contract import ActionChunk, Observation, RobotSpec
 from meanflow_ros.core.guard import Guard, Rejected
-from meanflow_ros.core.timeline import Timeline, due_or_still
+from meanflow_ros.core.timeline import Timeline
 from meanflow_ros.evaluation.episodes import EpisodeResult
 from meanflow_ros.ros.ingest import Ingest
 from meanflow_ros.sim import messages
@@ -99,7 +99,7 @@ def policy_episode(robot: MetaWorldRobot, spec: RobotSpec, job: Job,
                 timeline.add(guard.check(answer.chunk, now_ns=now_ns).timed)
         due = timeline.at(now_ns)
         starved += due is None
-        command = due_or_still(due, command)
+        command = ACTION_SPACE.at_rest(command) if due is None else due
         result = robot.step(command)
         step += 1
         if result.success or step == job.max_steps:

@@ -27,7 +27,8 @@ ACTION_SPACE = ActionSpace(
     dimensions=('tool_vx', 'tool_vy', 'tool_vz', 'gripper'),
     units=('m/s', 'm/s', 'm/s', '1'),
     lower=(-MAX_SPEED, -MAX_SPEED, -MAX_SPEED, -1.0),
-    upper=(MAX_SPEED, MAX_SPEED, MAX_SPEED, 1.0))
+    upper=(MAX_SPEED, MAX_SPEED, MAX_SPEED, 1.0),
+    rates=('tool_vx', 'tool_vy', 'tool_vz'), gripper=('gripper',))
 
 _PHYSICS_STEPS = 2
 _TO_PHYSICS = 1 / ACTION_SPACE.upper

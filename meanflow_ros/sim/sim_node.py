@@ -42,7 +42,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from meanflow_ros.core.contract import NANOSECONDS, TimedActions
-from meanflow_ros.core.timeline import Timeline, due_or_still
+from meanflow_ros.core.timeline import Timeline
 from meanflow_ros.ros import from_messages, to_messages
 from meanflow_ros.sim import messages
 from meanflow_ros.sim.metaworld_robot import (
@@ -270,7 +270,7 @@ class SimNode(Node):
             answered = self._take_chunks(start_ns) or answered
             due = self._timeline.at(self._now_ns)
             starved += due is None
-            command = due_or_still(due, command)
+            command = ACTION_SPACE.at_rest(command) if due is None else due
             result = robot.step(command)
             steps += 1
             reward += result.reward
