@@ -19,13 +19,14 @@ from rosbags.interfaces import (
 from rosbags.rosbag2 import (
     CompressionFormat,
     CompressionMode,
-    Reader,
     StoragePlugin,
     Writer,
     WriterError,
 )
 from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, get_typestore
+
+from meanflow_ros.ros.bag_files import Bag
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
 LATCHED_TOPICS = ('instruction',)
@@ -108,21 +109,9 @@ class BagWriter:
 
 def topic_types(path: Path | str) -> dict[str, str]:
     """Return topic -> message type of a rosbag2, sorted; ValueError as `read_messages`."""
-    path = _checked(path)
-    try:
-        with Reader(path) as reader:
-            return {c.topic: c.msgtype for c in sorted(reader.connections, key=lambda c: c.topic)}
-    except Exception as error:   # damage shows as errors of rosbags, zstd, struct or sqlite
-        raise ValueError(f'{path} cannot be read as a rosbag2: {error}') from error
-
-
-def _checked(path: Path | str) -> Path:
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f'there is no bag at {path}')
-    if path.is_dir() and not (path / 'metadata.yaml').exists():
-        raise ValueError(f'{path} is not a rosbag2: it has no metadata.yaml')
-    return path
+    with Bag(path) as bag:
+        _require_whole(bag)
+        return {topic: channel.type for topic, channel in bag.topics.items()}
 
 
 def read_messages(path: Path | str, topics: Collection[str] | None = None,
@@ -131,23 +120,25 @@ def read_messages(path: Path | str, topics: Collection[str] | None = None,
 
     Messages of one stamp come in the order in which they were written. Memory stays constant.
     topics: only these, with or without the leading slash; None reads all whose type ROS 2 Jazzy
-    knows. ValueError if there is no bag at `path`, if it is not one, or if it is damaged.
+    knows. ValueError if there is no bag at `path`, if it is not one, or if it is damaged; `Bag`
+    reads what is left of a damaged one.
     """
-    path = _checked(path)
     wanted = None if topics is None else {absolute_topic(topic) for topic in topics}
-    try:
-        with Reader(path) as reader:
-            connections = [c for c in reader.connections
-                           if (c.msgtype in TYPES.types if wanted is None
-                               else absolute_topic(c.topic) in wanted)]
-            unknown = [c for c in connections if c.msgtype not in TYPES.types]
-            if unknown:
-                raise ValueError(f'{unknown[0].topic} has the unknown type '
-                                 f'{unknown[0].msgtype!r}')
-            if not connections:
-                return
-            for connection, stamp_ns, data in reader.messages(connections):
-                message = TYPES.deserialize_cdr(data, connection.msgtype)
-                yield connection.topic, stamp_ns, message
-    except Exception as error:   # damage shows as errors of rosbags, zstd, struct or sqlite
-        raise ValueError(f'{path} cannot be read as a rosbag2: {error}') from error
+    with Bag(path) as bag:
+        _require_whole(bag)
+        chosen = {topic: channel.type for topic, channel in bag.topics.items()
+                  if (channel.type in TYPES.types if wanted is None
+                      else absolute_topic(topic) in wanted)}
+        for topic, kind in chosen.items():
+            if kind not in TYPES.types:
+                raise ValueError(f'{path} cannot be read as a rosbag2: {topic} has the unknown '
+                                 f'type {kind!r}')
+        for raw in bag.messages(chosen):
+            _require_whole(bag)
+            yield raw.topic, raw.stamp_ns, deserialize(raw.data, raw.type)
+        _require_whole(bag)
+
+
+def _require_whole(bag: Bag) -> None:
+    if bag.lost:
+        raise ValueError(f'{bag.path} cannot be read as a rosbag2: {bag.lost[0]}')
