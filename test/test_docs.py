@@ -97,6 +97,6 @@ def test_the_readme_names_every_topic_with_its_type(micro_checkpoint):
     written = {}
     for name, kind, direction, *_ in rows('topics'):
         for camera in CAMERAS:
-            topic = '/' + name.replace('<key>', camera).lstrip('/')
+            topic = '/' + name.replace('<key>', camera).replace('~', 'meanflow_policy').lstrip('/')
             written[topic] = (kind, direction)
     assert written == found

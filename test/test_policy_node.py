@@ -541,7 +541,7 @@ def test_the_guard_stops_a_chunk_that_is_not_safe(rig, spoil, words):
                            period_s=chunk.period_s, first_step=chunk.first_step)
     rig.act(spoilt)
     rig.no_chunk('guard: ', words, each=rig.feeder.steadily())
-    assert any(key.startswith('rejected ') for key in rig.values())
+    assert any(key.startswith('guard ') for key in rig.values())
     rig.act()
     rig.recovers()
 

@@ -1,4 +1,4 @@
-"""The types that flow: RobotSpec, Observation, ActionChunk, SafeChunk.
+"""The types that flow: RobotSpec, Observation, ActionChunk, SafeChunk, SafeCommand.
 
 Each is frozen and validated once, when it is made; after that it is trusted. Arrays are copied
 and made read-only. Time is ROS time in nanoseconds; step i of a chunk is due at
@@ -15,6 +15,7 @@ import numpy as np
 MAX_INSTRUCTION_BYTES = 4096
 MAX_CAMERAS = 4
 NANOSECONDS = 1_000_000_000
+MAX_TIME_NS = 2**62   # stamps and due times stay below it, so that their differences fit int64
 
 
 def frozen_array(values, dtype, ndim: int, name: str) -> np.ndarray:
@@ -24,6 +25,22 @@ def frozen_array(values, dtype, ndim: int, name: str) -> np.ndarray:
         raise ValueError(f'{name} must have {ndim} dimension(s), got shape {array.shape}')
     array.flags.writeable = False
     return array
+
+
+def due_times_ns(stamp_ns: int, steps: int, *, period_s: float, first_step: int) -> np.ndarray:
+    """Return the ROS times (steps,) int64 at which steps are due, by the time rule.
+
+    ValueError where a time is not below 2**62 ns or steps fall on one nanosecond.
+    """
+    last_s = (steps + first_step) * period_s
+    if not (abs(stamp_ns) < MAX_TIME_NS and last_s * NANOSECONDS < MAX_TIME_NS):
+        raise ValueError(f'due times must stay below 2**62 ns, got the stamp {stamp_ns} ns and '
+                         f'{steps} steps of {period_s} s after {first_step}')
+    due_ns = np.array([stamp_ns + round((step + first_step) * period_s * NANOSECONDS)
+                       for step in range(steps)], np.int64)
+    if (np.diff(due_ns) < 1).any():
+        raise ValueError(f'steps of {period_s} s are not a nanosecond apart')
+    return due_ns
 
 
 def _require_unique_names(names: tuple[str, ...], what: str) -> None:
@@ -152,6 +169,11 @@ class RobotSpec:
         """Return the camera names in the order in which the encoder sees them."""
         return tuple(camera.name for camera in self.cameras)
 
+    def due_ns(self, stamp_ns: int) -> np.ndarray:
+        """Return when the steps of a chunk that answers an observation are due, (T,) int64."""
+        return due_times_ns(stamp_ns, self.horizon, period_s=self.period_s,
+                            first_step=self.first_step)
+
 
 def clean_instruction(text: str) -> str:
     """Return the instruction without surrounding space.
@@ -219,14 +241,24 @@ class ActionChunk:
         """ROS time at which `step` (0 .. T-1) is due."""
         return self.stamp_ns + round((step + self.first_step) * self.period_s * NANOSECONDS)
 
+    def timed(self) -> 'TimedActions':
+        """Return the steps with their due times; ValueError for times that cannot be."""
+        return TimedActions(stamp_ns=self.stamp_ns, actions=self.actions, due_ns=due_times_ns(
+            self.stamp_ns, len(self.actions), period_s=self.period_s, first_step=self.first_step))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TimedActions:
-    """Actions (N, A) with the ROS time at which each is due, strictly increasing (N,) int64."""
+    """Actions (N, A) with the ROS time at which each is due, strictly increasing (N,) int64.
+
+    from_ns: the time from which these steps replace what was to be done before them: the due time
+    of the first one, unless steps that were slowed down are due later than was meant.
+    """
 
     stamp_ns: int
     due_ns: np.ndarray
     actions: np.ndarray
+    from_ns: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, 'actions', frozen_array(self.actions, np.float64, 2, 'actions'))
@@ -236,6 +268,18 @@ class TimedActions:
                              f'got {len(self.due_ns)}')
         if (np.diff(self.due_ns) <= 0).any():
             raise ValueError('due times must increase from step to step')
+        if self.from_ns is None:
+            object.__setattr__(self, 'from_ns', int(self.due_ns[0]))
+
+    def after(self, time_ns: int) -> 'TimedActions | None':
+        """Return the steps due at `time_ns` or later; None when there is none."""
+        first = int(np.searchsorted(self.due_ns, time_ns))
+        if first == 0:
+            return self
+        if first == len(self.due_ns):
+            return None
+        return TimedActions(stamp_ns=self.stamp_ns, due_ns=self.due_ns[first:],
+                            actions=self.actions[first:])
 
 
 _GUARD_SEAL = object()

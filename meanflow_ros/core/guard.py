@@ -144,6 +144,30 @@ class Guard:
         return SafeCommand(values=self._limiter.position, stamp_ns=now_ns,
                            space=self._robot.action_space, seal=_GUARD_SEAL)
 
+    def check_plan(self, plan: TimedActions) -> SafeChunk:
+        """Return steps that come from chunks which have passed, as one that may be sent.
+
+        Where chunks meet, the change may be beyond a limit: it is tracked within the limits, from
+        the first step on. Only numbers inside the position limits pass; Rejected otherwise.
+        """
+        names = self._robot.action_space.dimensions
+        slack = LIMIT_TOLERANCE * (self._box.upper - self._box.lower)
+        inside = ((plan.actions >= self._box.lower - slack)
+                  & (plan.actions <= self._box.upper + slack)).all(axis=0)
+        if not inside.all():
+            self.interventions['position'] += 1
+            raise Rejected('position', f'{names[int(np.argmin(inside))]!r} leaves its limits')
+        excess = _excess(plan, self.limits)
+        if any((excess[kind] > 1 + LIMIT_TOLERANCE).any() for kind in RATES):
+            self.interventions['seam clamped'] += 1
+            plan = self._tracked(plan, np.clip(plan.actions[0], self._box.lower, self._box.upper))
+        return self._sealed(plan)
+
+    @property
+    def commanded(self) -> np.ndarray:
+        """Return the last command of the stream (A,), where it stands before the first."""
+        return self._limiter.position
+
     def stand(self, position: np.ndarray) -> None:
         """Begin a stream of commands from where the robot stands, (A,) in the action's units.
 
@@ -242,8 +266,9 @@ class Guard:
 
     def _tracked(self, timed: TimedActions, start: np.ndarray) -> TimedActions:
         """Return what a robot does that follows the steps from `start`, at rest, within limits."""
-        limiter, period_s = Limiter(self._box, start), self._robot.period_s
-        actions = [start, *(limiter.step(action, period_s) for action in timed.actions[1:])]
+        limiter = Limiter(self._box, start)
+        actions = [start, *(limiter.step(action, gap_ns / 1e9) for action, gap_ns
+                            in zip(timed.actions[1:], np.diff(timed.due_ns)))]
         return TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns,
                             actions=np.array(actions))
 

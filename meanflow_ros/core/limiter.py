@@ -8,8 +8,11 @@ followed. So there is always a stop within the limits, by induction from standin
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
-from ruckig import ControlInterface, InputParameter, Result, Ruckig, Synchronization, Trajectory
+from ruckig import (
+    ControlInterface, InputParameter, Result, Ruckig, RuckigError, Synchronization, Trajectory)
 
 from meanflow_ros.core.limits import Limits
 
@@ -52,54 +55,72 @@ class Limiter:
             self._last_target, chosen = None, stopped
         else:
             target = np.clip(target, self._limits.lower, self._limits.upper)
-            moved = _after(self._approach(target, period_s), period_s)
+            moved = self._approach(target, period_s)
             self._last_target = target
-            chosen = tuple(np.where(self._can_stop(moved), ours, theirs)
-                           for ours, theirs in zip(moved, stopped))
+            safe = self._can_stop(moved)
+            chosen = tuple(np.where(safe, ours, theirs) for ours, theirs in zip(moved, stopped))
             chosen[0][self._free] = target[self._free]
         for values in chosen[1:]:
             values[self._free] = 0.0
         self._state = chosen
         return self.position
 
-    def _approach(self, target: np.ndarray, period_s: float) -> Trajectory:
-        """Return the fastest way to the target, moving on with it at its own velocity."""
-        velocity = np.zeros(len(target))
-        if self._last_target is not None:
-            velocity = np.clip((target - self._last_target) / period_s,
-                               -self._velocity, self._velocity)
-        return self._trajectory(self._state, ControlInterface.Position, target, velocity)
+    def _approach(self, target: np.ndarray, period_s: float):
+        """Return the state after a step of the fastest way to the target, NaN where none is found.
+
+        The target moves on at its own velocity. There is a way to every target; in rare states
+        rounding hides it from Ruckig, mostly for that velocity only.
+        """
+        still = np.zeros(len(target))
+        velocity = still if self._last_target is None else np.clip(
+            (target - self._last_target) / period_s, -self._velocity, self._velocity)
+        everything = slice(None)
+        with contextlib.suppress(RuckigError, ValueError):
+            return _after(self._trajectory(self._state, ControlInterface.Position, target,
+                                           velocity, everything), period_s)
+        result = tuple(np.full(len(target), np.nan) for _ in self._state)
+        for index in range(len(target)):
+            one = slice(index, index + 1)
+            for choice in (velocity, still):
+                with contextlib.suppress(RuckigError, ValueError):
+                    state = _after(self._trajectory(self._state, ControlInterface.Position,
+                                                    target, choice, one), period_s)
+                    for values, value in zip(result, state):
+                        values[one] = value
+                    break
+        return result
 
     def _stop(self, state) -> Trajectory:
         return self._trajectory(state, ControlInterface.Velocity, state[0],
-                                np.zeros(len(state[0])))
+                                np.zeros(len(state[0])), slice(None))
 
     def _can_stop(self, state) -> np.ndarray:
         """Return (A,) bool: which dimensions can stop inside their position limits."""
-        extrema = self._stop(state).position_extrema
+        found = np.isfinite(state[0])
+        extrema = self._stop([np.where(found, values, 0.0) for values in state]).position_extrema
         lowest, highest = (np.array([getattr(each, end) for each in extrema])
                            for end in ('min', 'max'))
-        return ((lowest >= self._limits.lower - self._slack)
+        return (found & (lowest >= self._limits.lower - self._slack)
                 & (highest <= self._limits.upper + self._slack))
 
     def _trajectory(self, state, control: ControlInterface, target: np.ndarray,
-                    velocity: np.ndarray) -> Trajectory:
-        """Return the trajectory of every dimension by itself."""
-        size = len(target)
+                    velocity: np.ndarray, which: slice) -> Trajectory:
+        """Return the trajectory of the dimensions in `which`, each by itself."""
+        limits = self._velocity[which], self._acceleration[which], self._limits.jerk[which]
+        size = len(limits[0])
         ask = InputParameter(size)
         ask.control_interface = control
         ask.synchronization = Synchronization.No
-        ask.current_position = state[0]   # clipped: rounding may lead beyond a limit
-        ask.current_velocity = np.clip(state[1], -self._velocity, self._velocity)
-        ask.current_acceleration = np.clip(state[2], -self._acceleration, self._acceleration)
-        ask.target_position, ask.target_velocity = target, velocity
+        ask.current_position = state[0][which]   # clipped: rounding may lead beyond a limit
+        ask.current_velocity = np.clip(state[1][which], -limits[0], limits[0])
+        ask.current_acceleration = np.clip(state[2][which], -limits[1], limits[1])
+        ask.target_position, ask.target_velocity = target[which], velocity[which]
         ask.target_acceleration = np.zeros(size)
-        ask.max_velocity, ask.max_acceleration = self._velocity, self._acceleration
-        ask.max_jerk = self._limits.jerk
+        ask.max_velocity, ask.max_acceleration, ask.max_jerk = limits
         result = Trajectory(size)
         code = Ruckig(size).calculate(ask, result)
         if code not in (Result.Working, Result.Finished):
-            raise RuntimeError(f'no trajectory within the limits was found: {code}')
+            raise ValueError(f'no trajectory within the limits was found: {code}')
         return result
 
 

@@ -153,6 +153,10 @@ class Ingest:
         self._instruction_fault = None
         return self._instruction
 
+    def newest_state(self) -> np.ndarray | None:
+        """Return the newest joint positions (P,), None if there are none."""
+        return self._state.items[-1][1] if self._state and self._state.items else None
+
     def newest_stamps_ns(self) -> dict[str, int | None]:
         """Return the newest stamp of each stream, None where nothing has come."""
         return {name: stream.items[-1][0] if stream.items else None

@@ -69,6 +69,12 @@ DECLARATIONS = (
                 minimum=0.001, maximum=60.0),
     Declaration('max_skew_s', 0.06, 'Largest difference of the stamps in one observation, '
                 'seconds.', minimum=0.0001, maximum=60.0),
+    Declaration('motion', '', 'File that says how the robot is driven: outputs, limits, safe '
+                'action; empty for chunks alone.'),
+    Declaration('execution', 'receding_horizon', 'How chunks follow each other: open_loop, '
+                'receding_horizon[:STEPS], ensemble[:DECAY[:newest_first]] or real_time:STEPS.',
+                LIVE, pattern=r'open_loop|receding_horizon(:\d{1,4})?|real_time:\d{1,4}|'
+                r'ensemble(:\d{1,4}(\.\d{1,9})?(:newest_first)?)?'),
     Declaration('sampler_steps', 0, 'Network evaluations per chunk (NFE); 0 takes the '
                 "checkpoint's own.", LIVE, minimum=0, maximum=MAX_STEPS),
     Declaration('seed', 0, 'Seed of the sampler noise.', LIVE, minimum=0, maximum=2**31 - 1),
@@ -90,6 +96,8 @@ class PolicyParameters:
     image_transport: str
     max_age_s: float
     max_skew_s: float
+    motion: str
+    execution: str
     sampler_steps: int
     seed: int
     autostart: bool

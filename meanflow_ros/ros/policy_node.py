@@ -3,6 +3,7 @@
 Callbacks only store messages; one inference thread works on the newest complete observation, so
 no queue grows and a slow model drops pictures. Nothing is published unless the observation is
 complete, the guard has let the chunk pass, and nothing was reset while the network was running.
+`Motion` turns chunks into what the robot's controllers take, and stops them.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from meanflow_ros.core.contract import NANOSECONDS, Observation
-from meanflow_ros.core.guard import Guard, Rejected
+from meanflow_ros.core.guard import Rejected
 from meanflow_ros.core.policy import DTYPES, Policy
+from meanflow_ros.core.timeline import Prefix
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
 from meanflow_ros.ros.ingest import (
     COMPRESSED_IMAGE, IMAGE, Ingest, IngestLimits, NoObservation)
+from meanflow_ros.ros.motion_control import MotionControl
 from meanflow_ros.ros.status import Status
 
 WARM_UP_RUNS = 5
@@ -72,11 +75,12 @@ class PolicyNode(LifecycleNode):
         super().__init__('meanflow_policy', **kwargs)
         self._inputs = threading.Condition()      # an RLock: guards what callbacks share
         self._active = False
-        self._generation = 0                      # grows whenever a chunk in flight becomes void
         self._policy: Policy | None = None
         self._thread: threading.Thread | None = None
         self._sensors: list[AdaptiveSubscription] = []
         self._status = Status()
+        self._inferring_since_s: float | None = None
+        self._control = MotionControl(self, self._inputs, self._now_ns)
         self._problems = parameters.declare(
             self, can_configure=lambda: self._policy is None)
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
@@ -122,7 +126,7 @@ class PolicyNode(LifecycleNode):
         latencies = [self._warm_up(policy, settings) for _ in range(WARM_UP_RUNS)]
         self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
             max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s))
-        self._guard = Guard(robot)
+        self._control.configure(policy, settings)
         self._status = Status()
         self._policy = policy
         self._connect(settings)
@@ -169,6 +173,7 @@ class PolicyNode(LifecycleNode):
             self._ingest.reset()
             self._status.begin()
             self._active = True
+            self._control.halt('activated')
         self.get_logger().info('active: publishing action chunks')
         return super().on_activate(state)
 
@@ -176,7 +181,7 @@ class PolicyNode(LifecycleNode):
         """Stop at once; a chunk that is being inferred is thrown away."""
         with self._inputs:
             self._active = False
-            self._generation += 1
+            self._control.silence('deactivated')
         self.get_logger().info('inactive: no chunk is published from now on')
         return super().on_deactivate(state)
 
@@ -198,9 +203,9 @@ class PolicyNode(LifecycleNode):
         return SUCCESS
 
     def _release(self) -> None:
+        self._control.release()
         with self._inputs:
             self._active = False
-            self._generation += 1
             self._policy = None
             self._inputs.notify_all()
         if self._thread is not None:
@@ -221,16 +226,19 @@ class PolicyNode(LifecycleNode):
         self._store(self._ingest.add_serialized, name, data, type_name)
 
     def _on_joint_state(self, message) -> None:
-        self._store(self._ingest.add_joint_state, message)
+        if self._store(self._ingest.add_joint_state, message):
+            with self._inputs:
+                self._control.feel(self._ingest.newest_state())
 
-    def _store(self, add, *arguments) -> None:
+    def _store(self, add, *arguments) -> bool:
         with self._inputs:
             try:
                 add(*arguments, now_ns=self._now_ns())
             except ValueError:
-                pass  # the ingest keeps the reason, the inference thread reports it
+                return False  # the ingest keeps the reason, the inference thread reports it
             if self._ingest.newest_common_ns() not in (None, self._status.last_stamp_ns):
                 self._inputs.notify()
+            return True
 
     def _on_instruction(self, message) -> None:
         with self._inputs:
@@ -239,12 +247,12 @@ class PolicyNode(LifecycleNode):
                 self.get_logger().info(f'instruction: {text!r}')
             except ValueError as error:
                 self.get_logger().error(f'{error}; no chunk until a good instruction arrives')
-            self._generation += 1
+            self._control.halt('instruction')
 
     def _on_reset(self, request, response):
         with self._inputs:
             self._ingest.reset()
-            self._generation += 1
+            self._control.halt('reset')
             self._publish_diagnostics()
             self._status.begin()
         response.success = True
@@ -256,7 +264,7 @@ class PolicyNode(LifecycleNode):
         now_ns = self.get_clock().now().nanoseconds
         jump_s = self._ingest.clock(now_ns)
         if jump_s is not None:
-            self._generation += 1
+            self._control.clock_jumped(now_ns)
             self._status.last_stamp_ns = None
             self.get_logger().warning(f'the clock jumped back by {jump_s:.3f} s: inputs forgotten')
         return now_ns
@@ -270,13 +278,20 @@ class PolicyNode(LifecycleNode):
                 if self._policy is not policy:
                     return
                 observation = self._next_observation() if self._active else None
-                generation = self._generation
+                if observation is not None:
+                    self._inferring_since_s = time.monotonic()
+                    asked = self._control.ask(observation)
             if observation is not None:
-                self._infer(policy, observation, generation)
+                self._infer(policy, observation, *asked)
+                self._inferring_since_s = None
 
     def _next_observation(self) -> Observation | None:
         """Return an observation that has not been used yet, or report why there is none."""
         now_ns = self._now_ns()
+        why_not = self._control.why_not()
+        if why_not is not None:
+            self._report(why_not)
+            return None
         try:
             if now_ns == 0:
                 raise NoObservation('clock', 'use_sim_time is set and nothing has been received '
@@ -288,26 +303,36 @@ class PolicyNode(LifecycleNode):
         last_ns = self._status.last_stamp_ns
         if last_ns is not None and observation.stamp_ns <= last_ns:
             return None
+        if not self._control.motion.timeline.wants_chunk(now_ns, self._status.latency_ns()):
+            return None
         self._status.last_stamp_ns = observation.stamp_ns
         return observation
 
-    def _infer(self, policy: Policy, observation: Observation, generation: int) -> None:
+    def _infer(self, policy: Policy, observation: Observation, epoch: int,
+               prefix: Prefix | None) -> None:
         steps = self.get_parameter('sampler_steps').value or None
         start = time.perf_counter()
         try:
-            chunk = policy.act(observation, steps=steps, seed=self.get_parameter('seed').value)
+            given = {} if prefix is None else {'prefix': prefix.actions}
+            chunk = policy.act(observation, steps=steps, seed=self.get_parameter('seed').value,
+                               **given)
         except Exception as error:  # whatever the network raises must not end the thread
             self._report(f'inference failed: {type(error).__name__}: {error}')
             return
         latency_s = time.perf_counter() - start
         with self._inputs:
-            if generation != self._generation:
+            if self._policy is not policy or not self._active or self._control.why_not():
                 self._status.discarded += 1
                 return
             try:
-                safe = self._guard.check(chunk, now_ns=self._now_ns())
+                safe = self._control.motion.accept(
+                    chunk, now_ns=self._now_ns(), epoch=epoch, state=observation.state,
+                    prefix=prefix)
             except Rejected as error:
                 self._report(f'guard: {error}')
+                return
+            if safe is None:
+                self._status.discarded += 1
                 return
             self._chunks.publish(to_messages.joint_trajectory(safe))
             recovered = self._status.published(latency_s)
@@ -352,9 +377,12 @@ class PolicyNode(LifecycleNode):
                 values[f'age {name}'] = ('never received' if stamp is None
                                          else f'{(now_ns - stamp) / NANOSECONDS:.3f} s')
             values |= status.values()
-            values |= {f'rejected {kind}': count
-                       for kind, count in self._guard.rejections.items()}
-            if self._active and status.reason:
+            values |= self._control.values()
+            if self._inferring_since_s is not None:
+                values['inferring_for_s'] = f'{time.monotonic() - self._inferring_since_s:.3f}'
+            if self._control.failure:
+                level, message = DiagnosticStatus.ERROR, self._control.failure
+            elif self._active and status.reason:
                 level, message = DiagnosticStatus.WARN, f'no chunk: {status.reason}'
             elif self._active:
                 message = f'publishing chunks at {status.rate_hz():.1f} Hz'

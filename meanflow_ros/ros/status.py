@@ -47,6 +47,10 @@ class Status:
         reason, self.reason = self.reason, None
         return reason if self._reason_logged else None
 
+    def latency_ns(self) -> int:
+        """Return the median latency of the network so far, 0 before the first chunk."""
+        return round(np.median(self._latencies_s) * 1e9) if self._latencies_s else 0
+
     def rate_hz(self) -> float:
         """Return the chunks per second of the last 5 s, by the wall clock."""
         since = time.monotonic() - 5.0

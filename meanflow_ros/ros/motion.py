@@ -1,0 +1,194 @@
+"""From the policy's chunks to what leaves the node: guard, timeline, outputs, and the safe stop.
+
+No chunk, no motion: nothing is sent before the first one, and when none comes for `deadline_s`,
+the words change, or somebody says stop, the robot does the safe action and then rests. One lock
+outside; nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from meanflow_ros.core.contract import ActionChunk, RobotSpec, SafeChunk, TimedActions
+from meanflow_ros.core.guard import Guard
+from meanflow_ros.core.timeline import Mode, Prefix, StopAlongPath, Timeline
+from meanflow_ros.ros.motion_config import HOLD, NEUTRAL, MotionConfig, measured_names
+
+NANOSECONDS = 1_000_000_000
+REST_S = 1.0         # a stream goes on this long after the robot has come to rest
+_SUBSCRIBERS_S = 0.1
+
+
+class Motion:
+    """What moves one robot; see the module's first lines.
+
+    stopped: why the robot is stopping or stopped, None while it follows chunks or before the
+    first one. stops: how often, by reason.
+    """
+
+    def __init__(self, robot: RobotSpec, config: MotionConfig, guard: Guard, mode: Mode,
+                 outputs: Sequence = ()):
+        config.check(robot)
+        self.robot, self.config, self.guard = robot, config, guard
+        self.outputs = list(outputs)
+        self.timeline = Timeline(period_ns=round(robot.period_s * NANOSECONDS), mode=mode)
+        self.stopped: str | None = None
+        self.stops: Counter[str] = Counter()
+        self._measured = {name: robot.action_space.dimensions.index(name)
+                          for name in measured_names(robot)}
+        self._felt = np.full(robot.action_space.size, np.nan)
+        self._accepted_ns: int | None = None      # of the newest chunk; None: nothing to follow
+        self._target: np.ndarray | None = None    # last action that was due
+        self._stop = None                         # gives the command (A,) at a time of the stop
+        self._streaming = False
+        self._rest_ns: int | None = None
+        self._looked_ns = 0
+        self._heard = True
+
+    @property
+    def streams(self) -> bool:
+        """Whether `tick` must be called at the control rate."""
+        return any(output.streams for output in self.outputs)
+
+    def feel(self, state: np.ndarray) -> None:
+        """Note the measured state (P,)."""
+        for name, index in self._measured.items():
+            self._felt[index] = state[self.robot.state_names.index(name)]
+
+    def accept(self, chunk: ActionChunk, *, now_ns: int, epoch: int | None = None,
+               state: np.ndarray | None = None, prefix: Prefix | None = None) -> SafeChunk | None:
+        """Guard a chunk, follow it from now on and send it; None if the timeline discards it.
+
+        Rejected says why the guard refuses it. state: (P,) of the observation.
+        """
+        start = None if not self._measured else self._start_of(chunk)
+        safe = self.guard.check(chunk, now_ns=now_ns, state=state, start=start)
+        if not self.timeline.add(safe.timed, now_ns=now_ns, epoch=epoch, prefix=prefix):
+            return None
+        if self.streams and not self._streaming:
+            self._begin_stream(safe)
+        self._accepted_ns, self._stop, self.stopped, self._rest_ns = now_ns, None, None, None
+        for output in self.outputs:
+            if not output.streams:
+                output.send_chunk(self._planned(now_ns) or safe, now_ns)
+        return safe
+
+    def tick(self, now_ns: int) -> None:
+        """Watch the deadline and the subscribers, and send the next command of every stream."""
+        due = None
+        if self._accepted_ns is not None:
+            late_s = (now_ns - self._accepted_ns) / NANOSECONDS
+            if late_s > self.config.deadline_s:
+                self._stop_for('no chunk', now_ns)
+            elif not self._somebody_listens(now_ns):
+                self._stop_for('no subscriber', now_ns)
+            else:
+                due = self.timeline.at(now_ns)
+        if self._streaming:
+            self._send(due, now_ns)
+
+    def halt(self, reason: str, now_ns: int) -> None:
+        """Do the safe action and forget every chunk, those that are being inferred too."""
+        self._stop_for(reason, now_ns)
+        self.timeline.begin_epoch(reason)
+
+    def _stop_for(self, reason: str, now_ns: int) -> None:
+        self.stops[reason] += 1
+        self.stopped = reason
+        followed, self._accepted_ns = self._accepted_ns is not None, None
+        if not followed:
+            return
+        path = self.timeline.plan(now_ns)
+        self.timeline.clear()
+        if path is not None and path.due_ns[0] - now_ns > self.config.deadline_s * NANOSECONDS:
+            path = None      # the clock has jumped: that is not where the robot is
+        if path is None and not self._streaming:
+            return           # the controller has come to the end of its last trajectory
+        self._stop = self._safe_action(path, now_ns)
+        for output in self.outputs:
+            if not output.streams:
+                self._send_stop(output, now_ns)
+
+    def silence(self, reason: str, now_ns: int) -> None:
+        """Halt, and send no more commands of a stream after one that stands still."""
+        self.halt(reason, now_ns)
+        if self._streaming:
+            self._stop = _constant(self._still())
+            for output in self.outputs:
+                if output.streams:
+                    output.send_command(self.guard.command(None, now_ns=now_ns,
+                                                           period_s=self.config.period_s))
+            self._streaming = False
+
+    def _start_of(self, chunk: ActionChunk) -> np.ndarray:
+        """Return where the robot is, (A,); where nothing is measured, where the chunk begins."""
+        first = chunk.actions[0] if chunk.actions.shape == (
+            self.robot.horizon, self.robot.action_space.size) else np.full(len(self._felt), np.nan)
+        return np.where(np.isnan(self._felt), first, self._felt)
+
+    def _begin_stream(self, safe: SafeChunk) -> None:
+        space = self.robot.action_space
+        position = np.where(np.isnan(self._felt), safe.timed.actions[0], self._felt)
+        self.guard.stand(np.where(space.is_rate, 0.0, position))
+        self._streaming = True
+
+    def _planned(self, now_ns: int) -> SafeChunk | None:
+        """Return what the timeline will hand out, as a chunk that the guard has seen whole."""
+        plan = self.timeline.plan(now_ns)
+        return None if plan is None else self.guard.check_plan(plan)
+
+    def _somebody_listens(self, now_ns: int) -> bool:
+        if self.config.require_subscribers and (
+                now_ns - self._looked_ns >= _SUBSCRIBERS_S * NANOSECONDS
+                or now_ns < self._looked_ns):
+            self._looked_ns = now_ns
+            self._heard = all(output.publisher.get_subscription_count() > 0
+                              for output in self.outputs)
+        return self._heard
+
+    def _send(self, due: np.ndarray | None, now_ns: int) -> None:
+        target = due if self._stop is None else self._stop(now_ns)
+        if target is None:
+            target = self._still()
+        self._target = target
+        command = self.guard.command(target, now_ns=now_ns, period_s=self.config.period_s)
+        for output in self.outputs:
+            if output.streams:
+                output.send_command(command)
+        if self._stop is None or not np.array_equal(command.values, target):
+            self._rest_ns = None
+        elif self._rest_ns is None:
+            self._rest_ns = now_ns
+        elif now_ns - self._rest_ns > REST_S * NANOSECONDS:
+            self._streaming = False
+
+    def _still(self) -> np.ndarray:
+        last = self.guard.commanded if self._target is None else self._target
+        return self.robot.action_space.at_rest(last)
+
+    def _safe_action(self, path: TimedActions | None, now_ns: int):
+        """Return a function from time to the command (A,) of the safe action."""
+        if self.config.safe_action == NEUTRAL:
+            return _constant(self.config.neutral_command(self.robot))
+        if path is None or self.config.safe_action == HOLD:
+            return _constant(self._still() if path is None else
+                             self.robot.action_space.at_rest(path.actions[0]))
+        return StopAlongPath(path, start_ns=now_ns, stop_s=self.config.stop_s,
+                             is_rate=self.robot.action_space.is_rate).at
+
+    def _send_stop(self, output, now_ns: int) -> None:
+        """Send the stop as a trajectory: a controller would go on to the end of the last one."""
+        period_ns = self.timeline.period_ns
+        count = max(2, 1 + round(self.config.stop_s * NANOSECONDS / period_ns))
+        lead_ns = round(output.config.lead_s * NANOSECONDS) + 1
+        due_ns = now_ns + lead_ns + period_ns * np.arange(count)
+        actions = np.array([self._stop(int(due)) for due in due_ns])
+        plan = TimedActions(stamp_ns=now_ns, due_ns=due_ns, actions=actions)
+        output.send_chunk(self.guard.check_plan(plan), now_ns)
+
+
+def _constant(command: np.ndarray):
+    return lambda now_ns: command

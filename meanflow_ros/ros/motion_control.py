@@ -1,0 +1,229 @@
+"""The node's side of `Motion`: control timer, `~/estop`, `~/enable`, heartbeat, robot description.
+
+The emergency stop is latched: it outlives a configuration and needs an explicit release.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import rclpy
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from std_msgs.msg import Header, String
+from std_srvs.srv import SetBool
+
+from meanflow_ros.core.contract import NANOSECONDS, Observation
+from meanflow_ros.core.guard import Guard
+from meanflow_ros.core.limits import Limits
+from meanflow_ros.core.policy import Policy
+from meanflow_ros.core.timeline import Mode, Prefix, RealTime
+from meanflow_ros.core.urdf import limits_from_urdf
+from meanflow_ros.ros import to_messages
+from meanflow_ros.ros.motion import Motion
+from meanflow_ros.ros.motion_config import MotionConfig, measured_names, read_mode, read_motion
+from meanflow_ros.ros.outputs import Output, make_output
+from meanflow_ros.ros.parameters import PolicyParameters
+
+HEARTBEAT_S = 0.1
+
+
+class MotionControl:
+    """Lives as long as the node; `configure` and `release` make and free a robot's Motion.
+
+    lock: held whenever the motion is touched. now_ns: gives ROS time, called with the lock held.
+    motion: None while the node is not configured.
+    """
+
+    def __init__(self, node, lock: threading.Condition, now_ns: Callable[[], int]):
+        self._node, self._lock, self._now_ns = node, lock, now_ns
+        self.motion: Motion | None = None
+        self.estopped, self.enabled = False, True
+        self.failure: str | None = None      # of the control loop or the robot description
+        self._outputs: list[Output] = []
+        self._timer = self._description = None
+        self._policy: Policy | None = None
+        node.add_on_set_parameters_callback(self._check)
+        self._wall = rclpy.clock.Clock(clock_type=rclpy.clock.ClockType.STEADY_TIME)
+        self._heartbeat = node.create_publisher(Header, '~/heartbeat', 10)
+        node.create_timer(HEARTBEAT_S, self._beat, clock=self._wall)
+        node.create_service(SetBool, '~/estop', self._on_estop)
+        node.create_service(SetBool, '~/enable', self._on_enable)
+
+    def configure(self, policy: Policy, settings: PolicyParameters) -> None:
+        """Make what turns chunks into the messages of this robot's controllers.
+
+        ValueError names what is wrong in the motion file or in `execution`.
+        """
+        config = read_motion(settings.motion) if settings.motion else MotionConfig()
+        config.check(policy.robot)
+        mode, guard = self._mode(settings.execution, policy), self._guard(policy, config)
+        for output in config.outputs:
+            self._outputs.append(make_output(self._node, output, policy.robot.action_space))
+        self.failure = None
+        self._policy = policy
+        self.motion = Motion(policy.robot, config, guard, mode, self._outputs)
+        self._execution = settings.execution
+        self._timer = self._node.create_timer(
+            config.period_s if self._outputs else HEARTBEAT_S, self._control, clock=self._wall)
+        if measured_names(policy.robot):
+            self._description = self._node.create_subscription(
+                String, 'robot_description', lambda message: self._describe(message.data, policy),
+                QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL))
+
+    def release(self) -> None:
+        """Stop the robot and free what `configure` made."""
+        with self._lock:
+            if self.motion is not None:
+                self.silence('released')
+            self.motion = self._policy = None
+        for destroy, thing in ((self._node.destroy_timer, self._timer),
+                               (self._node.destroy_subscription, self._description)):
+            if thing is not None:
+                destroy(thing)
+        self._timer = self._description = None
+        while self._outputs:
+            self._node.destroy_publisher(self._outputs.pop().publisher)
+
+    def why_not(self) -> str | None:
+        """Return why no chunk may move the robot now, or None."""
+        if self.estopped:
+            return 'emergency stop: release it with ~/estop data: false'
+        if not self.enabled:
+            return 'disabled: enable with ~/enable data: true'
+        return self.failure
+
+    def ask(self, observation: Observation) -> tuple[int, Prefix | None]:
+        """Return what a chunk for this observation belongs to, and what it continues."""
+        timeline, robot = self.motion.timeline, self.motion.robot
+        execution = self._node.get_parameter('execution').value
+        if execution != self._execution:
+            self._execution, timeline.mode = execution, read_mode(execution)
+            self._node.get_logger().info(f'execution: {execution}')
+        first_due_ns = observation.stamp_ns + round(
+            robot.first_step * robot.period_s * NANOSECONDS)
+        prefix = timeline.prefix(first_due_ns) if isinstance(timeline.mode, RealTime) else None
+        return timeline.epoch, prefix
+
+    def feel(self, state: np.ndarray | None) -> None:
+        """Note the measured state (P,)."""
+        if self.motion is not None and state is not None:
+            self.motion.feel(state)
+
+    def halt(self, reason: str) -> None:
+        """Do the safe action and forget all chunks; call it with the lock held, as all here."""
+        if self.motion is not None:
+            self.motion.halt(reason, self._node.get_clock().now().nanoseconds)
+
+    def silence(self, reason: str) -> None:
+        """Halt, and send no command any more."""
+        if self.motion is not None:
+            self.motion.silence(reason, self._node.get_clock().now().nanoseconds)
+
+    def clock_jumped(self, now_ns: int) -> None:
+        """Rest where the robot is: no time of the old clock means anything now."""
+        if self.motion is not None:
+            self.motion.silence('clock jump', now_ns)
+
+    def values(self) -> dict[str, object]:
+        """Return what diagnostics show."""
+        if self.motion is None:
+            return {}
+        motion = self.motion
+        return {'execution': motion.timeline.mode, 'consumed_steps': motion.timeline.consumed,
+                'estop': self.estopped, 'enabled': self.enabled,
+                **{f'guard {kind}': count
+                   for kind, count in motion.guard.interventions.items()},
+                **{f'stopped, {kind}': count for kind, count in motion.stops.items()},
+                **{f'discarded, {kind}': count
+                   for kind, count in motion.timeline.discarded.items()}}
+
+    def _mode(self, text: str, policy: Policy) -> Mode:
+        mode, longest = read_mode(text), getattr(policy.config, 'max_prefix', 0)
+        if isinstance(mode, RealTime) and mode.delay_steps > longest:
+            raise ValueError(f'execution {text!r}: the checkpoint was trained for a prefix of at '
+                             f'most {longest} steps (max_prefix)')
+        return mode
+
+    def _check(self, parameters) -> SetParametersResult:
+        """Refuse an execution that the present policy cannot do."""
+        for parameter in parameters:
+            if parameter.name == 'execution' and self._policy is not None:
+                try:
+                    self._mode(parameter.value, self._policy)
+                except ValueError as error:
+                    return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    def _guard(self, policy: Policy, config: MotionConfig,
+               described: Limits | None = None) -> Guard:
+        normalizer = policy.config.state_normalizer
+        return Guard(policy.robot, config.guard_settings(
+            policy.robot, described=described,
+            state_range=(normalizer.low, normalizer.high) if normalizer else None))
+
+    def _describe(self, text: str, policy: Policy) -> None:
+        """Take the limits of a robot description; a bad one stops the robot until a good one."""
+        with self._lock:
+            if self.motion is None:
+                return
+            try:
+                described = limits_from_urdf(text, measured_names(policy.robot))
+                guard = self._guard(policy, self.motion.config, described)
+            except ValueError as error:
+                self.failure = f'robot_description: {error}'
+                self.silence('robot_description')
+                self._node.get_logger().error(self.failure)
+                return
+            self.failure = None
+            self.silence('robot_description')
+            guard.interventions = self.motion.guard.interventions
+            self.motion.guard = guard
+        self._node.get_logger().info('limits of the robot description are kept')
+
+    def _control(self) -> None:
+        """Run at the control rate; whatever goes wrong here stops the robot."""
+        with self._lock:
+            if self.motion is None:
+                return
+            try:
+                self.motion.tick(self._now_ns())
+            except Exception as error:
+                self.failure = f'control loop: {type(error).__name__}: {error}'
+                self.motion = None      # nothing more is sent until the node is configured again
+                self._node.get_logger().error(self.failure)
+
+    def _on_estop(self, request, response):
+        with self._lock:
+            changed, self.estopped = self.estopped != request.data, request.data
+            if request.data and self.motion is not None:
+                self.silence('emergency stop')
+        if changed:
+            self._node.get_logger().warning(
+                'emergency stop' if request.data else 'emergency stop released')
+        response.success = True
+        response.message = 'stopped, and latched' if request.data else 'released'
+        return response
+
+    def _on_enable(self, request, response):
+        with self._lock:
+            if self.enabled and not request.data and self.motion is not None:
+                self.silence('disabled')
+            self.enabled = request.data
+        self._node.get_logger().info('enabled' if request.data else 'disabled')
+        response.success = True
+        response.message = ('enabled' if request.data else 'disabled') + (
+            ', but the emergency stop is latched' if self.estopped else '')
+        return response
+
+    def _beat(self) -> None:
+        """Say that the node lives, and whether it moves the robot."""
+        with self._lock:
+            motion, state = self.motion, self.why_not()
+            state = (state or 'not configured' if motion is None else
+                     state or motion.stopped or 'ready')
+            beat = Header(frame_id=state)
+            beat.stamp = to_messages.time(self._node.get_clock().now().nanoseconds)
+        self._heartbeat.publish(beat)

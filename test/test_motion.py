@@ -1,0 +1,419 @@
+"""From chunks to controllers: the three example robots against controllers' documented rules."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or install its wheels')
+
+from controllers import (  # noqa: E402, I001
+    ForwardCommandController, JointTrajectoryController, Servo)
+
+from meanflow_ros.core.contract import (  # noqa: E402
+    ActionChunk, ActionSpace, CameraSpec, RobotSpec)
+from meanflow_ros.core.guard import Guard, Rejected  # noqa: E402
+from meanflow_ros.core.timeline import OpenLoop, RecedingHorizon  # noqa: E402
+from meanflow_ros.ros.motion import Motion  # noqa: E402
+from meanflow_ros.ros.motion_config import (  # noqa: E402
+    MotionConfig, TwistOutput, read_mode, read_motion)
+from meanflow_ros.ros.outputs import make_output  # noqa: E402
+
+CONFIG = Path(__file__).parents[1] / 'config'
+MS = 1_000_000
+START_NS = 1_700_000_000_000_000_000
+
+
+def robot(dimensions, states, *, rates=(), gripper=(), low=-2.5, high=2.5, **limits):
+    size = len(dimensions)
+    return RobotSpec(
+        robot='arm', cameras=(CameraSpec(name='wrist', width=4, height=3),),
+        state_names=tuple(states), horizon=16, period_s=0.05, first_step=1,
+        action_space=ActionSpace(name='space', dimensions=tuple(dimensions), units=('1',) * size,
+                                 lower=[low] * size, upper=[high] * size, rates=tuple(rates),
+                                 gripper=tuple(gripper), **limits))
+
+
+PANDA = [f'panda_joint{number}' for number in range(1, 8)]
+FRANKA = robot([*PANDA, 'gripper'], PANDA, gripper=['gripper'])
+AXES = ['vx', 'vy', 'vz', 'wx', 'wy', 'wz']
+UR = robot([*AXES, 'gripper'], ['j'], rates=AXES, gripper=['gripper'], low=-1.0, high=1.0)
+ARM = ['waist', 'shoulder', 'elbow', 'forearm_roll', 'wrist_angle', 'wrist_rotate']
+LEFT, RIGHT = ([f'{side}_{joint}' for joint in ARM] for side in ('left', 'right'))
+ALOHA = robot([*LEFT, 'left_gripper', *RIGHT, 'right_gripper'], [*LEFT, *RIGHT],
+              gripper=['left_gripper', 'right_gripper'])
+
+
+class Wire:
+    """Stands for DDS: what an output publishes goes to a receiver at once."""
+
+    def __init__(self):
+        self.receivers, self.sent, self.now_ns, self.connected = {}, [], START_NS, True
+
+    def create_publisher(self, kind, topic, depth):
+        wire = self
+
+        class Publisher:
+            def publish(self, message):
+                assert isinstance(message, kind)
+                wire.sent.append((topic, wire.now_ns, message))
+                if topic in wire.receivers:
+                    wire.receivers[topic].receive(message, wire.now_ns)
+
+            def get_subscription_count(self):
+                return int(wire.connected)
+
+        return Publisher()
+
+
+class Driven:
+    """A Motion on a fake clock, with its wire."""
+
+    def __init__(self, spec, config, mode=None, **receivers):
+        if isinstance(config, str):
+            config = read_motion(CONFIG / config)
+        self.wire, self.spec, self.config = Wire(), spec, config
+        self.wire.receivers = receivers
+        outputs = [make_output(self.wire, output, spec.action_space) for output in config.outputs]
+        self.motion = Motion(spec, config, Guard(spec, config.guard_settings(spec)),
+                             mode or RecedingHorizon(), outputs)
+
+    @property
+    def now_ns(self):
+        return self.wire.now_ns
+
+    def chunk(self, values):
+        """Accept a chunk that answers a picture of now; values: (T, A) or a function of s."""
+        if callable(values):
+            due_s = (np.arange(16) + 1) * 0.05 + (self.now_ns - START_NS) / 1e9
+            values = np.stack([values(second) for second in due_s])
+        return self.motion.accept(
+            ActionChunk(actions=values, stamp_ns=self.now_ns, period_s=0.05, first_step=1),
+            now_ns=self.now_ns)
+
+    def run(self, seconds, each=lambda: None):
+        """Tick at the control rate."""
+        period_ns = round(1e9 * self.config.period_s)
+        for _ in range(round(seconds * 1e9 / period_ns)):
+            self.wire.now_ns += period_ns
+            self.motion.tick(self.now_ns)
+            each()
+
+
+def wave(amplitude, size, rate=1.0):
+    """Return a function of time in s: a slow start into a cosine, the same for all joints."""
+    return lambda s: np.full(size, amplitude * (1 - np.cos(rate * s)))
+
+
+def test_a_franka_follows_chunks_through_its_trajectory_controller_without_a_jump():
+    arm = JointTrajectoryController(PANDA, np.zeros(7))
+    gripper = ForwardCommandController(1)
+    driven = Driven(FRANKA, 'motion_franka.yaml',
+                    **{'/joint_trajectory_controller/joint_trajectory': arm,
+                       '/gripper_controller/commands': gripper})
+    driven.motion.feel(np.zeros(7))
+    path = wave(0.2, 8)
+    driven.chunk(path)
+    states = []
+    for _ in range(12):
+        driven.run(0.2, lambda: states.append(arm.state(driven.now_ns)[0][0]))
+        driven.motion.feel(arm.state(driven.now_ns)[0])
+        driven.chunk(path)
+    assert arm.rejected == [] and driven.motion.guard.interventions == {}
+    times = 0.02 * np.arange(1, len(states) + 1)
+    np.testing.assert_allclose(states, 0.2 * (1 - np.cos(times)), atol=0.003)
+    assert np.abs(np.diff(states, 2)).max() < 0.0006           # no jump where chunks meet
+    assert gripper.values[0] == pytest.approx(path(2.4)[0], abs=0.02) and gripper.rejected == 0
+
+
+def test_a_trajectory_ends_at_rest_ahead_of_now_with_every_joint():
+    driven = Driven(FRANKA, 'motion_franka.yaml')
+    driven.wire.now_ns += 3
+    driven.chunk(wave(0.2, 8))
+    message = driven.wire.sent[0][2]
+    assert message.joint_names == PANDA
+    starts = [point.time_from_start.sec * 10**9 + point.time_from_start.nanosec
+              for point in message.points]
+    assert starts[0] > 20 * MS and len(starts) == 16
+    assert list(message.points[-1].velocities) == [0.0] * 7
+    assert message.points[7].velocities[0] == pytest.approx(0.2 * np.sin(0.4), rel=0.01)
+
+
+def test_a_trajectory_may_end_in_motion_where_the_controller_allows_it():
+    config = read_motion(CONFIG / 'motion_franka.yaml')
+    free = dataclasses.replace(config, outputs=(
+        dataclasses.replace(config.outputs[0], end_velocity='any'),))
+    strict, lenient = (JointTrajectoryController(PANDA, np.zeros(7), nonzero_end_velocity=allowed)
+                       for allowed in (False, True))
+    for receiver in (strict, lenient):
+        Driven(FRANKA, free, **{'/joint_trajectory_controller/joint_trajectory': receiver}).chunk(
+            wave(0.2, 8))
+    assert strict.rejected == ['ends in motion'] and lenient.rejected == []
+
+
+def test_without_a_chunk_the_arm_decelerates_on_its_path_and_rests():
+    arm = JointTrajectoryController(PANDA, np.zeros(7))
+    driven = Driven(FRANKA, 'motion_franka.yaml',
+                    **{'/joint_trajectory_controller/joint_trajectory': arm})
+    driven.chunk(wave(0.2, 8))
+    driven.run(0.5)
+    assert driven.motion.stopped is None
+    states = []
+    driven.run(1.5, lambda: states.append(arm.state(driven.now_ns)[0][0]))
+    assert driven.motion.stopped == 'no chunk' and driven.motion.stops == {'no chunk': 1}
+    assert arm.rejected == []
+    velocity = np.diff(states) / 0.02
+    assert (velocity > -1e-9).all() and velocity[-30:].max() < 1e-9
+    assert states[-1] < 0.2 * (1 - np.cos(0.8)) - 0.005        # short of the end of the chunk
+
+
+def servo():
+    receiver = Servo()
+    driven = Driven(UR, 'motion_ur_servo.yaml', **{'/servo_node/delta_twist_cmds': receiver})
+    return receiver, driven
+
+
+def steady(values):
+    return np.tile(values, (16, 1))
+
+
+TWIST = np.array([0.1, -0.05, 0.2, 0.3, 0.0, -0.4, 0.9])
+
+
+def test_a_ur_moves_through_servo_with_fresh_stamps_and_bounded_acceleration():
+    receiver, driven = servo()
+    velocities = []
+    for _ in range(5):
+        driven.chunk(steady(TWIST))
+        driven.run(0.2, lambda: velocities.append(receiver.velocity(driven.now_ns)))
+    velocities = np.array(velocities)
+    np.testing.assert_allclose(velocities[-1], TWIST[:6], atol=1e-6)
+    assert receiver.stale == 0
+    acceleration = np.diff(velocities, axis=0, prepend=0) / 0.01
+    assert (np.abs(acceleration) <= np.array([1.5] * 3 + [3.0] * 3) * (1 + 1e-6)).all()
+
+
+def test_a_ur_without_chunks_comes_to_rest_and_the_stream_ends():
+    receiver, driven = servo()
+    for _ in range(3):
+        driven.chunk(steady(TWIST))
+        driven.run(0.2)
+    driven.run(0.4)
+    assert driven.motion.stopped == 'no chunk'
+    driven.run(0.8)
+    np.testing.assert_allclose(receiver.velocity(driven.now_ns), 0.0, atol=1e-9)
+    driven.run(1.5)
+    count = len(driven.wire.sent)
+    driven.run(0.5)
+    assert len(driven.wire.sent) == count
+
+
+def test_a_binary_gripper_changes_with_hysteresis():
+    _, driven = servo()
+    said = []
+    for value in (0.9, 0.5, 0.25, 0.5, 0.65, 0.75):
+        driven.chunk(steady(np.array([0.0] * 6 + [value])))
+        driven.run(0.3)
+        said.append([message.data for topic, _, message in driven.wire.sent
+                     if topic == '/gripper/closed'][-1])
+    assert said == [False, False, True, True, True, False]
+
+
+def test_an_aloha_is_split_over_four_controllers_in_their_own_order():
+    receivers = {'/left_arm_controller/commands': ForwardCommandController(6),
+                 '/left_gripper_controller/commands': ForwardCommandController(1),
+                 '/right_arm_controller/commands': ForwardCommandController(6),
+                 '/right_gripper_controller/commands': ForwardCommandController(1)}
+    driven = Driven(ALOHA, 'motion_aloha.yaml', **receivers)
+    driven.motion.feel(np.zeros(12))
+    goal = np.arange(14) / 100
+    for _ in range(4):
+        driven.chunk(steady(goal))
+        driven.run(0.3)
+    parts = [receiver.values for receiver in receivers.values()]
+    np.testing.assert_allclose(parts[0], goal[:6], atol=1e-9)
+    np.testing.assert_allclose(parts[1], goal[6:7])
+    np.testing.assert_allclose(parts[2], goal[7:13], atol=1e-9)
+    np.testing.assert_allclose(parts[3], goal[13:])
+    assert sum(receiver.rejected for receiver in receivers.values()) == 0
+
+
+def test_a_stream_begins_where_the_robot_is_and_not_where_the_policy_wants_it():
+    arm = ForwardCommandController(6)
+    driven = Driven(ALOHA, 'motion_aloha.yaml', **{'/left_arm_controller/commands': arm})
+    driven.motion.feel(np.full(12, 0.5))
+    driven.chunk(steady(np.full(14, -0.5)))
+    driven.run(0.02)
+    assert (np.abs(arm.values - 0.5) <= 2.0 * 0.02).all()      # not a jump of one radian
+    driven.run(0.3)
+    assert (arm.values < 0.4).all()
+
+
+def test_nothing_is_sent_before_the_first_chunk():
+    for name, spec in (('motion_franka.yaml', FRANKA), ('motion_ur_servo.yaml', UR)):
+        driven = Driven(spec, name)
+        driven.run(1.0)
+        assert driven.wire.sent == []
+
+
+def test_an_instruction_halts_and_voids_what_was_inferred_for_the_old_one():
+    receiver, driven = servo()
+    for _ in range(3):
+        driven.chunk(steady(TWIST))
+        driven.run(0.2)
+    epoch = driven.motion.timeline.epoch
+    driven.motion.halt('instruction', driven.now_ns)
+    late = ActionChunk(actions=steady(TWIST), stamp_ns=driven.now_ns, period_s=0.05, first_step=1)
+    assert driven.motion.accept(late, now_ns=driven.now_ns, epoch=epoch) is None
+    driven.run(0.5)
+    np.testing.assert_allclose(receiver.velocity(driven.now_ns), 0.0, atol=1e-9)
+    assert driven.motion.timeline.discarded == {'instruction': 1}
+    driven.chunk(steady(TWIST))
+    driven.run(0.4)
+    assert receiver.velocity(driven.now_ns)[0] == pytest.approx(0.1, abs=1e-6)
+
+
+def test_a_slow_model_is_not_voided_by_its_own_deadline():
+    receiver, driven = servo()
+    epoch = driven.motion.timeline.epoch
+    driven.chunk(steady(TWIST))
+    driven.run(0.6)
+    assert driven.motion.stopped == 'no chunk'
+    chunk = ActionChunk(actions=steady(TWIST), stamp_ns=driven.now_ns, period_s=0.05, first_step=1)
+    assert driven.motion.accept(chunk, now_ns=driven.now_ns, epoch=epoch) is not None
+    assert driven.motion.stopped is None
+
+
+def test_silence_is_one_last_command_and_then_none():
+    receiver, driven = servo()
+    driven.chunk(steady(TWIST))
+    driven.run(0.3)
+    count = len(driven.wire.sent)
+    driven.motion.silence('emergency stop', driven.now_ns)
+    assert len(driven.wire.sent) == count + 2                   # one for each output
+    driven.run(0.5)
+    assert len(driven.wire.sent) == count + 2
+    np.testing.assert_array_equal(receiver.velocity(driven.now_ns), np.zeros(6))
+
+
+def test_a_controller_that_is_gone_stops_the_robot_until_it_is_back():
+    receiver, driven = servo()
+    driven.chunk(steady(TWIST))
+    driven.run(0.2)
+    driven.wire.connected = False
+    driven.run(0.11)
+    assert driven.motion.stopped == 'no subscriber'
+    driven.wire.connected = True
+    driven.chunk(steady(TWIST))
+    driven.run(0.2)
+    assert driven.motion.stopped is None and receiver.velocity(driven.now_ns)[0] > 0.05
+
+
+@pytest.mark.parametrize('action, end', [('hold', 0.0), ('neutral', 0.02), ('decelerate', 0.0)])
+def test_each_safe_action_ends_where_it_says(action, end):
+    neutral = {name: 0.02 for name in [*AXES, 'gripper']}
+    config = dataclasses.replace(read_motion(CONFIG / 'motion_ur_servo.yaml'), safe_action=action,
+                                 neutral=neutral)
+    receiver = Servo()
+    driven = Driven(UR, config, **{'/servo_node/delta_twist_cmds': receiver})
+    for _ in range(2):
+        driven.chunk(steady(TWIST))
+        driven.run(0.2)
+    driven.motion.halt('joint_states', driven.now_ns)
+    driven.run(0.9)
+    np.testing.assert_allclose(receiver.velocity(driven.now_ns), end, atol=1e-9)
+
+
+def test_a_rejected_chunk_changes_nothing():
+    driven = Driven(FRANKA, 'motion_franka.yaml')
+    driven.motion.feel(np.zeros(7))
+    with pytest.raises(Rejected, match="'panda_joint1' would begin at 0.4, the robot is at 0"):
+        driven.chunk(steady(np.full(8, 0.4)))
+    driven.run(0.2)
+    assert driven.wire.sent == [] and driven.motion.guard.interventions == {'first_step': 1}
+
+
+def test_after_the_clock_has_jumped_back_no_old_path_is_followed():
+    arm = JointTrajectoryController(PANDA, np.zeros(7))
+    driven = Driven(FRANKA, 'motion_franka.yaml',
+                    **{'/joint_trajectory_controller/joint_trajectory': arm})
+    driven.chunk(wave(0.2, 8))
+    driven.run(0.4)
+    here = arm.state(driven.now_ns)[0]
+    count = len(driven.wire.sent)
+    driven.wire.now_ns -= 10**12
+    driven.motion.silence('clock jump', driven.now_ns)
+    driven.run(0.2)
+    after = [message for topic, _, message in driven.wire.sent[count:] if 'trajectory' in topic]
+    assert len(after) == 1
+    for point in after[0].points:
+        np.testing.assert_allclose(point.positions, here, atol=0.005)
+
+
+def test_open_loop_finishes_a_chunk_before_the_next():
+    driven = Driven(UR, 'motion_ur_servo.yaml', mode=OpenLoop())
+    driven.chunk(steady(0.5 * TWIST))
+    driven.run(0.2)
+    driven.chunk(steady(TWIST))
+    driven.run(0.3)
+    assert driven.motion.timeline.at(driven.now_ns)[0] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize('text, mode', [
+    ('open_loop', 'OpenLoop()'), ('receding_horizon', 'RecedingHorizon(steps=0)'),
+    ('receding_horizon:4', 'RecedingHorizon(steps=4)'), ('real_time:3', 'RealTime(delay_steps=3)'),
+    ('ensemble', 'TemporalEnsemble(decay=0.01, newest_first=False)'),
+    ('ensemble:0.5:newest_first', 'TemporalEnsemble(decay=0.5, newest_first=True)')])
+def test_a_mode_is_named_by_a_word(text, mode):
+    assert repr(read_mode(text)) == mode
+
+
+@pytest.mark.parametrize('text', ['', 'open_loop:1', 'ensemble:x', 'ensemble:-1', 'real_time',
+                                  'receding_horizon:1.5', 'ensemble:0.1:oldest', 'rtc:4'])
+def test_a_mode_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match='execution'):
+        read_mode(text)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('speed: 3', "unknown field 'speed'"), ('outputs: {}', 'outputs must be a list'),
+    ('outputs: [{type: twist2}]', "outputs.0..type is 'twist2' .did you mean 'twist'"),
+    ('outputs: [{type: twist, topic: a, frame_id: b, axes: {linear.q: vx}}]', 'linear.q'),
+    ('outputs: [{type: gripper, topic: "a b", dimension: g}]', "'a b' is no name for a topic"),
+    ('outputs: [{type: gripper, topic: a, dimension: g, binary: true}]', 'close_below'),
+    ('outputs: [{type: gripper, topic: a, dimension: g}, {type: gripper, topic: a, dimension: h}]',
+     'two outputs have one topic'),
+    ('limits: {velocity: {a: fast}}', "limits.velocity.a must be a number, got 'fast'"),
+    ('limits: {speed: {a: 1}}', "unknown field 'speed'"),
+    ('workspace: {a: 3}', r'workspace.a must be \[lowest, highest\]'),
+    ('control_rate_hz: 0', 'control_rate_hz must be 1 to 1000'),
+    ('safe_action: pray', 'safe_action must be one of'), ('deadline_s: .nan', 'deadline_s'),
+    ('outputs: [{type: joint_trajectory, topic: a, dimensions: []}]', 'carries no dimension'),
+    ('a: !!python/object/apply:os.system [ls]', 'constructor'), ('- 1', 'mapping')])
+def test_a_bad_motion_file_is_refused_by_name(tmp_path, text, message):
+    path = tmp_path / 'motion.yaml'
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_motion(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize('spec, changes, message', [
+    (FRANKA, {'first_step': {'gripper': 0.1}}, "unknown name 'gripper'"),
+    (UR, {'outputs': (TwistOutput(topic='t', axes={'linear.x': 'v'}, frame_id='')
+                      ,)}, "unknown name 'v'"),
+    (FRANKA, {'outputs': (TwistOutput(topic='t', axes={'linear.x': PANDA[0]}, frame_id=''),)},
+     'not among the rates'),
+    (UR, {'safe_action': 'neutral', 'neutral': {'vx': 0.0}}, "neutral gives no value for 'vy'"),
+    (UR, {'safe_action': 'neutral', 'neutral': {name: 9.0 for name in [*AXES, 'gripper']}},
+     'outside the limits')])
+def test_a_motion_file_for_another_robot_is_refused(spec, changes, message):
+    with pytest.raises(ValueError, match=message):
+        MotionConfig(**changes).check(spec)
+
+
+def test_limits_of_a_motion_file_cannot_loosen_the_checkpoint():
+    with pytest.raises(ValueError, match="velocity limit 9 of 'vx' would loosen"):
+        MotionConfig(limits={'velocity': {'vx': 9.0}}).guard_settings(dataclasses.replace(
+            UR, action_space=dataclasses.replace(UR.action_space, max_velocity=[1.0] * 7)))

@@ -1,0 +1,230 @@
+"""The node drives a controller over DDS: streams, emergency stop, enable, limits, heartbeat."""
+
+import time
+from collections import deque
+
+import numpy as np
+import pytest
+
+pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or install its wheels')
+
+import yaml  # noqa: E402, I001
+from rclpy.qos import DurabilityPolicy, QoSProfile  # noqa: E402
+from std_msgs.msg import Float64MultiArray, Header, String  # noqa: E402
+from std_srvs.srv import SetBool  # noqa: E402
+
+from meanflow_ros.core.contract import ActionChunk  # noqa: E402
+from micro_policy import DIMENSIONS, FIRST_STEP, HORIZON, LOWER, PERIOD_S, UPPER  # noqa: E402
+from node_rig import Rig, until  # noqa: E402
+
+MIDDLE = (LOWER + UPPER) / 2
+
+
+class Controller:
+    """What arrives on the topics of the controllers, with the time of its arrival."""
+
+    def __init__(self, feeder):
+        self.commands: deque = deque()
+        self.beats: deque = deque()
+        feeder.node.create_subscription(
+            Float64MultiArray, 'arm/commands',
+            lambda message: self.commands.append((time.monotonic(), np.array(message.data))), 100)
+        feeder.node.create_subscription(
+            Header, 'meanflow_policy/heartbeat', lambda message: self.beats.append(
+                message.frame_id), 100)
+
+
+def constant(value):
+    """Return an `act` that always asks for `value`, (A,)."""
+    def act(real, observation, **options):
+        return ActionChunk(actions=np.tile(value, (HORIZON, 1)), stamp_ns=observation.stamp_ns,
+                           period_s=PERIOD_S, first_step=FIRST_STEP)
+    return act
+
+
+@pytest.fixture(scope='module')
+def shared(micro_checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp('motion') / 'motion.yaml'
+    path.write_text(yaml.safe_dump({
+        'control_rate_hz': 50.0, 'deadline_s': 0.3, 'stop_s': 0.1,
+        'limits': {'velocity': {'slide': 0.5}, 'acceleration': {'slide': 20.0}},
+        'outputs': [{'type': 'forward_command', 'topic': 'arm/commands',
+                     'dimensions': ['swivel', 'slide']}]}))
+    made = {}
+    with Rig(micro_checkpoint, parameters={'motion': str(path), 'seed': 3},
+             before_node=lambda feeder: made.update(controller=Controller(feeder))) as rig:
+        rig.controller = made['controller']
+        yield rig.activate()
+
+
+@pytest.fixture
+def rig(shared):
+    shared.act(constant(MIDDLE))
+    for name in ('estop', 'enable'):
+        call(shared, name, name == 'enable')
+    if shared.state == 'inactive':
+        shared.transition('activate')
+    shared.controller.commands.clear()
+    yield shared
+    shared.act()
+
+
+def call(rig, service, value):
+    return rig.call(SetBool, service, SetBool.Request(data=value))
+
+
+def moving(rig):
+    """Feed until commands stream."""
+    before = len(rig.controller.commands)
+    until(lambda: len(rig.controller.commands) > before + 10, 'a stream of commands',
+          each=rig.feeder.steadily())
+
+
+def quiet(rig, seconds=0.3, **feed):
+    """Return the commands that arrive while pictures go on."""
+    rig.controller.commands.clear()
+    end = time.monotonic() + seconds
+    until(lambda: time.monotonic() > end, 'time', each=rig.feeder.steadily(**feed))
+    return list(rig.controller.commands)
+
+
+def test_the_stream_carries_its_dimensions_and_comes_to_what_the_policy_asks(rig):
+    until(lambda: rig.controller.commands and np.allclose(
+        rig.controller.commands[-1][1], MIDDLE[[1, 0]], atol=1e-6), 'the middle',
+        each=rig.feeder.steadily())
+
+
+def test_the_stream_keeps_the_tightened_limits(rig):
+    targets = iter(np.tile([LOWER, UPPER], (10**4, 1)))
+    rig.act(lambda real, observation, **options: constant(next(targets))(real, observation))
+    commands = quiet(rig, 1.0)
+    slide = np.array([values[1] for _, values in commands])
+    assert len(slide) > 25 and np.ptp(slide) > 0.001
+    assert np.abs(np.diff(slide)).max() <= 0.5 * 0.02 * 1.001
+    assert (slide >= LOWER[0] - 1e-6).all() and (slide <= UPPER[0] + 1e-6).all()
+
+
+def test_the_emergency_stop_ends_commands_at_once_and_is_latched(rig):
+    moving(rig)
+    assert call(rig, 'estop', True).success
+    assert quiet(rig) == []
+    rig.diagnosed('emergency stop', each=rig.feeder.steadily())
+    until(lambda: rig.controller.beats and rig.controller.beats[-1].startswith('emergency stop'),
+          'a heartbeat that says so')
+    assert rig.transition('deactivate') and rig.transition('cleanup')
+    assert rig.transition('configure') and rig.transition('activate')
+    rig.act(constant(MIDDLE))
+    rig.connected()
+    assert quiet(rig) == []
+    call(rig, 'enable', True)                              # not a release
+    assert quiet(rig) == [] and rig.values()['estop'] == 'True'
+    call(rig, 'estop', False)
+    moving(rig)
+
+
+def test_a_disabled_node_sends_nothing_until_it_is_enabled(rig):
+    moving(rig)
+    call(rig, 'enable', False)
+    assert quiet(rig) == []
+    call(rig, 'enable', True)
+    moving(rig)
+
+
+def test_when_pictures_end_the_stream_comes_to_rest_and_ends(rig):
+    moving(rig)
+    until(lambda: rig.node._control.motion.stopped == 'no chunk', 'the deadline')
+    until(lambda: not rig.node._control.motion._streaming, 'the end of the stream')
+    last = [values for _, values in list(rig.controller.commands)[-10:]]
+    assert np.ptp(last, axis=0).max() < 1e-9
+    moving(rig)
+
+
+def test_a_model_that_hangs_stops_the_robot_and_goes_on_by_itself(rig):
+    moving(rig)
+    hang = [True]
+
+    def act(real, observation, **options):
+        while hang[0]:
+            time.sleep(0.01)
+        return constant(MIDDLE)(real, observation)
+
+    rig.act(act)
+    until(lambda: rig.node._control.motion.stopped == 'no chunk', 'the deadline',
+          each=rig.feeder.steadily())
+    assert float(rig.values()['inferring_for_s']) > 0.2
+    hang[0] = False
+    until(lambda: rig.node._control.motion.stopped is None, 'motion again',
+          each=rig.feeder.steadily())
+
+
+def test_execution_changes_while_the_robot_moves_and_a_bad_one_is_refused(rig):
+    moving(rig)
+    assert rig.set_parameter('execution', 'ensemble:0.1:newest_first').successful
+    until(lambda: 'TemporalEnsemble' in rig.values()['execution'], 'the mode',
+          each=rig.feeder.steadily())
+    refused = rig.set_parameter('execution', 'real_time:4')
+    assert not refused.successful and 'prefix of at most 0 steps' in refused.reason
+    assert not rig.set_parameter('execution', 'sometimes').successful
+    assert rig.set_parameter('execution', 'receding_horizon').successful
+    moving(rig)
+
+
+def test_deactivation_ends_the_commands(rig):
+    moving(rig)
+    assert rig.transition('deactivate')
+    assert quiet(rig) == []
+
+
+def test_a_broken_control_loop_says_so_and_sends_nothing(rig):
+    moving(rig)
+    rig.node._control.motion.tick = None
+    rig.diagnosed('control loop: TypeError', each=rig.feeder.steadily())
+    assert quiet(rig) == []
+    assert rig.transition('deactivate') and rig.transition('cleanup')
+    assert rig.transition('configure') and rig.transition('activate')
+    rig.act(constant(MIDDLE))
+    rig.connected()
+    moving(rig)
+
+
+@pytest.mark.parametrize('text, reason', [
+    ('outputs: [{type: forward_command, topic: t, dimensions: [slid]}]', "did you mean 'slide'"),
+    ('limits: {upper: {slide: 5.0}}', 'would loosen'),
+    ('outputs: [{type: joint_jog, topic: t, dimensions: [slide]}]', 'not among the rates')])
+def test_a_motion_file_that_does_not_fit_keeps_the_node_unconfigured(
+        micro_checkpoint, tmp_path, text, reason):
+    path = tmp_path / 'motion.yaml'
+    path.write_text(text)
+    with Rig(micro_checkpoint, parameters={'motion': str(path)}) as rig:
+        assert not rig.transition('configure')
+        rig.logged(reason)
+
+
+URDF = '<robot name="r"><joint name="a" type="revolute"><limit lower="-1" upper="1" ' \
+       'velocity="{}"/></joint></robot>'
+
+
+def test_a_robot_description_tightens_the_limits_and_a_bad_one_stops(tmp_path):
+    import dataclasses
+
+    from meanflow_ros.core.policy import Policy
+    from micro_policy import make_policy
+    policy = make_policy()
+    space = dataclasses.replace(policy.robot.action_space, dimensions=('a', *DIMENSIONS[1:]))
+    config = dataclasses.replace(policy.config, robot=dataclasses.replace(
+        policy.robot, action_space=space))
+    Policy(config, policy.network).save(tmp_path / 'policy')
+    made = {}
+
+    def before(feeder):
+        made['publisher'] = feeder.node.create_publisher(String, 'robot_description', QoSProfile(
+            depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL))
+        made['publisher'].publish(String(data=URDF.format(2.5)))
+
+    with Rig(tmp_path / 'policy', before_node=before) as rig:
+        rig.activate()
+        until(lambda: rig.node._control.motion.guard.limits.velocity[0] == 2.5, 'its limit')
+        made['publisher'].publish(String(data=URDF.format('fast')))
+        rig.diagnosed("velocity of joint 'a'", each=rig.feeder.steadily())
+        made['publisher'].publish(String(data=URDF.format(0.5)))
+        until(lambda: rig.node._control.motion.guard.limits.velocity[0] == 0.5, 'the new limit')
