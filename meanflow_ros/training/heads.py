@@ -126,7 +126,8 @@ class _Head:
         """Return what decides this network's random numbers."""
         c = self.config
         return (c.seed, c.loss in ('rf', 'l1'), c.time_sampling, c.data_proportion,
-                c.one_step_proportion, c.noise_samples, c.batch_size, c.condition_dropout)
+                c.one_step_proportion, c.noise_samples, c.batch_size, c.condition_dropout,
+                c.max_prefix)
 
     def step(self, step: int, batch: Mapping[str, Tensor], moving: int) -> None:
         """Take one optimiser step; on a GPU it only begins."""
