@@ -55,19 +55,17 @@ def rows_of(results: Sequence[EpisodeResult]) -> list[dict]:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Return the rows as a Markdown table; changes of the command are in % of its range."""
+    """Return the rows as a Markdown table: p50 / p90 / p99 / max of changes in % of the range."""
     def numbers(values: Mapping[str, float]) -> str:
-        return ' / '.join(f'{values[name]:.1f}' for name in ('p50', 'p99', 'max')
-                          if name in values)
+        return ' / '.join(f'{value:.1f}' for value in values.values())
 
-    lines = ['| delay | execution | success | at seams | new against old chunk | inside chunks '
-             '| jerk, m/s³ | without a chunk |', '|---|---|---|---|---|---|---|---|']
+    lines = ['| delay | execution | success | position at seams | command at seams '
+             '| command inside chunks | jerk, m/s³ |', '|---|---|---|---|---|---|---|']
     for row in rows:
         smooth = row['smoothness']
         lines.append(
             f'| {row["delay_steps"]} | `{row["execution"]}` | {row["successes"]}/'
             f'{row["episodes"]} ({row["successes"] / row["episodes"]:.1%}) | '
-            f'{numbers(smooth["seams"])} | {numbers(smooth["replaced"])} | '
-            f'{numbers(smooth["inside"])} | {smooth["jerk_rms"]:.0f} | '
-            f'{row["starved_steps"] / row["steps"]:.1%} |')
+            f'{numbers(smooth["positions"])} | {numbers(smooth["seams"])} | '
+            f'{numbers(smooth["inside"])} | {smooth["jerk_rms"]:.0f} |')
     return '\n'.join(lines) + '\n'

@@ -98,7 +98,8 @@ def policy_episode(robot: MetaWorldRobot, spec: RobotSpec, job: Job,
     A picture comes every `camera_every` steps.
     """
     robot.reset(job.task, job.seed)
-    ingest, recorder = Ingest(spec), Recorder(ACTION_SPACE, PERIOD_S)
+    ingest, recorder = Ingest(spec), Recorder(ACTION_SPACE, PERIOD_S,
+                                                                 spec.horizon)
     execution = Execution(spec, job.execution, delay_steps=job.delay_steps,
                           picture_ns=camera_every * _STEP_NS)
     ingest.set_instruction(job.instruction)
@@ -115,7 +116,8 @@ def policy_episode(robot: MetaWorldRobot, spec: RobotSpec, job: Job,
         due = execution.timeline.at(now_ns)
         starved += due is None
         command = ACTION_SPACE.at_rest(command) if due is None else due
-        recorder.note(command, execution.timeline.followed, now_ns)
+        followed = execution.timeline.followed
+        recorder.note(command, followed and followed.stamp_ns, now_ns, execution.planned(now_ns))
         result = robot.step(command)
         step += 1
         if result.success or step == job.max_steps:

@@ -119,7 +119,8 @@ class TrainingLoss(nn.Module):
                  given: Tensor | None = None) -> meanflow.Velocity:
         """Return u for these samples: compiled for the whole batch, plain for derivatives.
 
-        given: (N * B, T) bool, the steps of x (N * B, T, A) that are known, None for none.
+        given: (N * B, T) bool, the steps of x (N * B, T, A) that are known, None for none. They
+        are what the robot was told; what it should have been told is what is learned after them.
 
         With dropout, the calls that a finite difference compares use the same random numbers, and
         so the same masks; it would otherwise be a difference of masks.
@@ -151,16 +152,18 @@ class TrainingLoss(nn.Module):
         unused = self.action_weights.numel() - x.shape[-1]
         x, e = F.pad(x, (0, unused))[repeat], F.pad(batch['e'], (0, unused))
         weights = batch['mask'][repeat, :, None] * self.action_weights     # (N * B, T, A)
-        given = None
+        executed, given = x, None
         if 'prefix' in batch:
             given = torch.arange(x.shape[1], device=x.device) < batch['prefix'][:, None]
             weights = weights * ~given[..., None]
+            executed = F.pad(self._normalized('action', batch['executed']), (0, unused))[repeat]
         times = Times(t=batch['t'], r=batch['r'], moving=moving)
         guide = {}
         with self._precision(self._config.precision == 'bfloat16'):
-            u = self.velocity(conditioning, x, given)
+            u = self.velocity(conditioning, executed, given)
             if self._config.guided:
-                guide['guide'] = self._guide(u, conditioning, batch['dropped'][repeat], x, given)
+                guide['guide'] = self._guide(u, conditioning, batch['dropped'][repeat], executed,
+                                             given)
             self._features = [] if self._config.dispersive else None
             loss = self._loss(u, x, e, times, weights, **guide)
         if self._config.dispersive:
