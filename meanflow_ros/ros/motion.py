@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from meanflow_ros.core.contract import ActionChunk, RobotSpec, SafeChunk, TimedActions
+from meanflow_ros.core.contract import (
+    ActionChunk, RobotSpec, SafeChunk, SafeCommand, TimedActions)
 from meanflow_ros.core.guard import Guard
 from meanflow_ros.core.timeline import Mode, Prefix, StopAlongPath, Timeline
 from meanflow_ros.ros.motion_config import HOLD, NEUTRAL, MotionConfig, measured_names
@@ -26,7 +27,8 @@ class Motion:
     """What moves one robot; see the module's first lines.
 
     stopped: why the robot is stopping or stopped, None while it follows chunks or before the
-    first one. stops: how often, by reason.
+    first one. stops: how often, by reason. last_command: (A,) of a stream, None before the first;
+    where nothing is measured a new stream begins there.
     """
 
     def __init__(self, robot: RobotSpec, config: MotionConfig, guard: Guard, mode: Mode,
@@ -37,6 +39,7 @@ class Motion:
         self.timeline = Timeline(period_ns=round(robot.period_s * NANOSECONDS), mode=mode)
         self.stopped: str | None = None
         self.stops: Counter[str] = Counter()
+        self.last_command: np.ndarray | None = None
         self._measured = {name: robot.action_space.dimensions.index(name)
                           for name in measured_names(robot)}
         self._felt = np.full(robot.action_space.size, np.nan)
@@ -113,14 +116,11 @@ class Motion:
                 self._send_stop(output, now_ns)
 
     def silence(self, reason: str, now_ns: int) -> None:
-        """Halt, and send no more commands of a stream after one that stands still."""
+        """Halt, and send no more commands of a stream after one that stands still: rates are 0."""
         self.halt(reason, now_ns)
         if self._streaming:
             self._stop = _constant(self._still())
-            for output in self.outputs:
-                if output.streams:
-                    output.send_command(self.guard.command(None, now_ns=now_ns,
-                                                           period_s=self.config.period_s))
+            self._publish(self.guard.last_command(now_ns=now_ns, period_s=self.config.period_s))
             self._streaming = False
 
     def _start_of(self, chunk: ActionChunk) -> np.ndarray:
@@ -131,7 +131,8 @@ class Motion:
 
     def _begin_stream(self, safe: SafeChunk) -> None:
         space = self.robot.action_space
-        position = np.where(np.isnan(self._felt), safe.timed.actions[0], self._felt)
+        unmeasured = safe.timed.actions[0] if self.last_command is None else self.last_command
+        position = np.where(np.isnan(self._felt), unmeasured, self._felt)
         self.guard.stand(np.where(space.is_rate, 0.0, position))
         self._streaming = True
 
@@ -155,15 +156,19 @@ class Motion:
             target = self._still()
         self._target = target
         command = self.guard.command(target, now_ns=now_ns, period_s=self.config.period_s)
-        for output in self.outputs:
-            if output.streams:
-                output.send_command(command)
+        self._publish(command)
         if self._stop is None or not np.array_equal(command.values, target):
             self._rest_ns = None
         elif self._rest_ns is None:
             self._rest_ns = now_ns
         elif now_ns - self._rest_ns > REST_S * NANOSECONDS:
             self._streaming = False
+
+    def _publish(self, command: SafeCommand) -> None:
+        self.last_command = command.values
+        for output in self.outputs:
+            if output.streams:
+                output.send_command(command)
 
     def _still(self) -> np.ndarray:
         last = self.guard.commanded if self._target is None else self._target

@@ -45,6 +45,7 @@ class MotionControl:
         self._outputs: list[Output] = []
         self._timer = self._description = None
         self._policy: Policy | None = None
+        self._commanded: tuple = ((), None)  # dimensions, and the last command of a stream
         node.add_on_set_parameters_callback(self._check)
         self._wall = rclpy.clock.Clock(clock_type=rclpy.clock.ClockType.STEADY_TIME)
         self._heartbeat = node.create_publisher(Header, '~/heartbeat', 10)
@@ -65,6 +66,9 @@ class MotionControl:
         self.failure = None
         self._policy = policy
         self.motion = Motion(policy.robot, config, guard, mode, self._outputs)
+        space, last = self._commanded
+        if space == policy.robot.action_space.dimensions:
+            self.motion.last_command = last     # so far as nobody else has moved it since
         self._execution = settings.execution
         self._timer = self._node.create_timer(
             config.period_s if self._outputs else HEARTBEAT_S, self._control, clock=self._wall)
@@ -78,6 +82,8 @@ class MotionControl:
         with self._lock:
             if self.motion is not None:
                 self.silence('released')
+                self._commanded = (self.motion.robot.action_space.dimensions,
+                                   self.motion.last_command)
             self.motion = self._policy = None
         for destroy, thing in ((self._node.destroy_timer, self._timer),
                                (self._node.destroy_subscription, self._description)):

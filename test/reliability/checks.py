@@ -81,6 +81,8 @@ class Checker:
         if at - before[0] > STOOD_S:      # positions are held, and Servo has halted
             held, change_before, period_before = held * [1, 1, 0], np.zeros(3), 0.0
         change = (values - held) / period_s
+        if values[2] == 0:                # whoever says stop may have a rate end at once
+            change[2], change_before = 0.0, change_before * [1, 1, 0]
         self._before = at, stamp_ns, values, change, period_s
         self._within(at, 'velocity', np.abs(change) / VELOCITY[which], names)
         self._within(at, 'acceleration', 2 * np.abs(change - change_before)

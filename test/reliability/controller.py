@@ -25,7 +25,6 @@ from controllers import ForwardCommandController, JointTrajectoryController, nan
 from reliability.robot import TOPICS
 
 PERIOD_S = 0.01
-SAME_TICK_NS = 8_000_000   # between the two messages of one control period
 
 
 class Controllers:
@@ -82,16 +81,18 @@ class Controllers:
         self._pair()
 
     def _pair(self) -> None:
-        """Tell of what was sent in one control period; what is alone is told to be refused."""
+        """Tell of what was sent in one control period: a forward command, and then a twist."""
         forwards, twists = self._unpaired['forward'], self._unpaired['twist']
         while forwards and twists:
-            apart_ns = twists[0][0] - forwards[0][0]
-            if abs(apart_ns) < SAME_TICK_NS:
+            if twists[0][0] < forwards[0][0]:
+                twists.pop(0)
+            elif len(forwards) > 1 and forwards[1][0] < twists[0][0]:
+                forwards.pop(0)
+            else:
                 (_, values), (_, (stamp_ns, turn)) = forwards.pop(0), twists.pop(0)
                 tell('c', time.monotonic(), stamp_ns, *values, turn)
-            else:
-                (forwards if apart_ns > 0 else twists).pop(0)
-                tell('x', time.monotonic(), 'half of a control period')
+                continue
+            tell('x', time.monotonic(), 'half of a control period')
 
 
 def tell(*record) -> None:
