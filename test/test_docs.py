@@ -99,4 +99,6 @@ def test_the_readme_names_every_topic_with_its_type(micro_checkpoint):
         for camera in CAMERAS:
             topic = '/' + name.replace('<key>', camera).replace('~', 'meanflow_policy').lstrip('/')
             written[topic] = (kind, direction)
+    # Only where actions are positions of measured joints, which is not so for this policy.
+    assert written.pop('/robot_description') == ('std_msgs/String', 'in')
     assert written == found

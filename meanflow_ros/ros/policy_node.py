@@ -37,7 +37,7 @@ from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
 from meanflow_ros.ros.ingest import (
-    COMPRESSED_IMAGE, IMAGE, Ingest, IngestLimits, NoObservation)
+    CLOCK, COMPRESSED_IMAGE, IMAGE, Ingest, IngestLimits, NoObservation)
 from meanflow_ros.ros.motion_control import MotionControl
 from meanflow_ros.ros.status import Status
 
@@ -125,7 +125,9 @@ class PolicyNode(LifecycleNode):
                              f'this node is for {settings.robot!r}')
         latencies = [self._warm_up(policy, settings) for _ in range(WARM_UP_RUNS)]
         self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
-            max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s))
+            max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s,
+            min_rate_hz=settings.min_rate_hz, frozen_pictures=settings.frozen_pictures,
+            picture_size=settings.picture_size))
         self._control.configure(policy, settings)
         self._status = Status()
         self._policy = policy
@@ -260,13 +262,16 @@ class PolicyNode(LifecycleNode):
         return response
 
     def _now_ns(self) -> int:
-        """Return ROS time; a backward jump forgets all inputs and says so. Call it locked."""
-        now_ns = self.get_clock().now().nanoseconds
-        jump_s = self._ingest.clock(now_ns)
+        """Return ROS time; a jump of it forgets all inputs and says so. Call it locked."""
+        clock = self.get_clock()
+        now_ns = clock.now().nanoseconds
+        jump_s = self._ingest.clock(
+            now_ns, None if clock.ros_time_is_active else time.monotonic_ns())
         if jump_s is not None:
             self._control.clock_jumped(now_ns)
             self._status.last_stamp_ns = None
-            self.get_logger().warning(f'the clock jumped back by {jump_s:.3f} s: inputs forgotten')
+            self.get_logger().warning(f'the clock jumped {"back" if jump_s < 0 else "ahead"} by '
+                                      f'{abs(jump_s):.3f} s: inputs forgotten')
         return now_ns
 
     # Inference thread
@@ -294,8 +299,8 @@ class PolicyNode(LifecycleNode):
             return None
         try:
             if now_ns == 0:
-                raise NoObservation('clock', 'use_sim_time is set and nothing has been received '
-                                             'on /clock', waiting=True)
+                raise NoObservation('clock', CLOCK, 'use_sim_time is set and nothing has been '
+                                                    'received on /clock', waiting=True)
             observation = self._ingest.observe(now_ns=now_ns)
         except NoObservation as reason:
             self._report(str(reason), patience_s=FIRST_INPUT_S if reason.waiting else 0.0)

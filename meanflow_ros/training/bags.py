@@ -179,7 +179,7 @@ class _Cutter:
         now_ns = self._clock_ns if self._data.use_sim_time else received_ns
         jump_s = self._ingest.clock(now_ns)
         if jump_s is not None and self.episode:
-            self._broken = f'the clock jumped back by {jump_s:.3f} s'
+            self._broken = f'the clock jumped back by {-jump_s:.3f} s'
         for handle in self._handlers[absolute_topic(topic)]:
             if now_ns > 0 or handle in (self._on_clock, self._on_instruction):
                 yield from handle(message, now_ns) or ()
