@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from meanflow_ros.core.contract import (
-    NANOSECONDS, CameraSpec, Observation, RobotSpec, clean_instruction)
+    MAX_INSTRUCTION_BYTES, NANOSECONDS, CameraSpec, Observation, RobotSpec, clean_instruction)
 from meanflow_ros.ros import from_messages
-from meanflow_ros.ros.bag import deserialize
+from meanflow_ros.ros.bag import deserialize, deserialize_text
 
 IMAGE, COMPRESSED_IMAGE = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
 CAMERA_BUFFER = 8
 STATE_BUFFER = 256
+MAX_STATE_BYTES = 2**18    # of a joint state: thousands of joints
 CLOCK_JUMP_S = 1.0        # the clock may run ahead of steady time by less than this, between looks
 ASPECT_TOLERANCE = 0.01   # of width / height
 PICTURE_SIZES = ('exact', 'aspect', 'any')
@@ -212,6 +213,31 @@ class Ingest:
             positions = from_messages.joint_positions(message, self._robot.state_names)
             self._state.add(from_messages.time_ns(message.header.stamp), positions,
                             now_ns=now_ns, future_ns=self._future_ns())
+
+    def add_serialized_joint_state(self, data: bytes, *, now_ns: int) -> None:
+        """Take a serialised sensor_msgs/JointState, as a raw subscription gives it."""
+        if self._state is None:
+            return
+        with _noting_fault(self._state):
+            if len(data) > MAX_STATE_BYTES:
+                raise ValueError(f'joint state has {len(data)} bytes, at most {MAX_STATE_BYTES} '
+                                 f'are read')
+            message = deserialize(data, 'sensor_msgs/msg/JointState')
+        self.add_joint_state(message, now_ns=now_ns)
+
+    @property
+    def instruction(self) -> str | None:
+        """Return the instruction that was received last, None if there is none or it was bad."""
+        return None if self._instruction_fault else self._instruction
+
+    def set_serialized_instruction(self, data: bytes) -> str:
+        """Take a serialised std_msgs/String as the instruction, see `set_instruction`."""
+        try:
+            text = deserialize_text(data, MAX_INSTRUCTION_BYTES)
+        except ValueError as error:
+            self._instruction_fault = f'instruction {error}'
+            raise ValueError(self._instruction_fault) from None
+        return self.set_instruction(text)
 
     def set_instruction(self, text: str) -> str:
         """Take an instruction and return it cleaned.

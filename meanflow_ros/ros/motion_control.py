@@ -20,8 +20,9 @@ from meanflow_ros.core.guard import Guard
 from meanflow_ros.core.limits import Limits
 from meanflow_ros.core.policy import Policy
 from meanflow_ros.core.timeline import Mode, Prefix, RealTime
-from meanflow_ros.core.urdf import limits_from_urdf
+from meanflow_ros.core.urdf import MAX_BYTES, limits_from_urdf
 from meanflow_ros.ros import to_messages
+from meanflow_ros.ros.bag import deserialize_text
 from meanflow_ros.ros.motion import Motion
 from meanflow_ros.ros.motion_config import MotionConfig, measured_names, read_mode, read_motion
 from meanflow_ros.ros.outputs import Output, make_output
@@ -74,8 +75,8 @@ class MotionControl:
             config.period_s if self._outputs else HEARTBEAT_S, self._control, clock=self._wall)
         if measured_names(policy.robot):
             self._description = self._node.create_subscription(
-                String, 'robot_description', lambda message: self._describe(message.data, policy),
-                QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL))
+                String, 'robot_description', lambda data: self._describe(data, policy),
+                QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL), raw=True)
 
     def release(self) -> None:
         """Stop the robot and free what `configure` made."""
@@ -170,13 +171,14 @@ class MotionControl:
             policy.robot, described=described,
             state_range=(normalizer.low, normalizer.high) if normalizer else None))
 
-    def _describe(self, text: str, policy: Policy) -> None:
+    def _describe(self, data: bytes, policy: Policy) -> None:
         """Take the limits of a robot description; a bad one stops the robot until a good one."""
         with self._lock:
             if self.motion is None:
                 return
             try:
-                described = limits_from_urdf(text, measured_names(policy.robot))
+                described = limits_from_urdf(deserialize_text(data, MAX_BYTES),
+                                             measured_names(policy.robot))
                 guard = self._guard(policy, self.motion.config, described)
             except ValueError as error:
                 self.failure = f'robot_description: {error}'
