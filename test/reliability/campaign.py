@@ -1,6 +1,6 @@
 """Every fault, one after another, on a real graph of processes; a table of what came of each.
 
-    python test/reliability/campaign.py --out docs/data/reliability.json
+python test/reliability/campaign.py --out docs/data/reliability.json
 """
 
 from __future__ import annotations

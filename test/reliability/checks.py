@@ -1,5 +1,6 @@
-"""What the commands of the robot did: limits, and when it came to rest. Written from the limits
-alone, without the guard's code: it reads the records of controller.py.
+"""What the commands of the robot did: limits, and when it came to rest.
+
+Written from the limits alone, without the guard's code; it reads the records of controller.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from reliability.robot import (
 PERIOD_S = 1 / CONTROL_RATE_HZ
 ROUNDING = 1e-3         # share of a limit
 STOOD_S = 5 * PERIOD_S  # without a command the controllers have held so long that all stands
+LATE_S = 0.3            # a message may arrive
 STILL = 1e-9
 
 
@@ -78,7 +80,10 @@ class Checker:
         passed_s = (stamp_ns - before[1]) / 1e9
         period_s = passed_s if 0 < passed_s < PERIOD_S else PERIOD_S
         held, change_before, period_before = before[2:]
-        if at - before[0] > STOOD_S:      # positions are held, and Servo has halted
+        gap_s = at - before[0]
+        if abs(gap_s - passed_s) < LATE_S:
+            gap_s = passed_s              # the clocks agree: stamps are the better measure
+        if gap_s > STOOD_S:               # positions are held, and Servo has halted
             held, change_before, period_before = held * [1, 1, 0], np.zeros(3), 0.0
         change = (values - held) / period_s
         if values[2] == 0:                # whoever says stop may have a rate end at once
