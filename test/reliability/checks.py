@@ -34,6 +34,7 @@ class Checker:
         self.commands = 0
         self.refused: Counter[str] = Counter()
         self.worst: Counter[str] = Counter()
+        self._where = ''
         self._before = None      # (arrival, stamp, values, rates of change, length of its period)
 
     def forget(self) -> None:
@@ -54,7 +55,7 @@ class Checker:
 
     def _wrong(self, at: float, words: str) -> None:
         self.violated += 1
-        self.violations.append(f'{at:.3f}: {words}')
+        self.violations.append(f'{at:.3f}: {words}{self._where}')
 
     def _within(self, at, what, shares, names) -> None:
         """Note shares of a limit (n,) that were used; more than 1 is a violation."""
@@ -77,10 +78,10 @@ class Checker:
         if before is None:
             self.moved['stream'] = at
             return
-        passed_s = (stamp_ns - before[1]) / 1e9
+        passed_s, gap_s = (stamp_ns - before[1]) / 1e9, at - before[0]
+        self._where = f' ({gap_s:.4f} s after the last by arrival, {passed_s:.4f} s by stamp)'
         period_s = passed_s if 0 < passed_s < PERIOD_S else PERIOD_S
         held, change_before, period_before = before[2:]
-        gap_s = at - before[0]
         if abs(gap_s - passed_s) < LATE_S:
             gap_s = passed_s              # the clocks agree: stamps are the better measure
         if gap_s > STOOD_S:               # positions are held, and Servo has halted
@@ -97,6 +98,7 @@ class Checker:
 
     def _trajectory(self, at: float, times, positions, velocities) -> None:
         """Check the points of a trajectory for the shoulder."""
+        self._where = ''
         times, positions = np.array(times), np.array(positions, float)
         names = DIMENSIONS[:1]
         self.commands += 1
