@@ -228,6 +228,11 @@ class Ingest:
         self._instruction_fault = None
         return self._instruction
 
+    @property
+    def instruction(self) -> str | None:
+        """Return what was told last, None if nothing good was."""
+        return None if self._instruction_fault else self._instruction
+
     def newest_state(self) -> np.ndarray | None:
         """Return the newest joint positions (P,), None if there are none."""
         return self._state.items[-1][1] if self._state and self._state.items else None
@@ -306,6 +311,10 @@ class Ingest:
         for name, stamp in stamps.items():
             skew_s = abs(stamp - stamp_ns) / NANOSECONDS
             if skew_s > self._limits.max_skew_s:
+                behind = min(stamps, key=lambda key: self._streams()[key].items[-1][0])
+                if stamp > stamp_ns and behind != name:    # it has come on time, not the other
+                    raise NoObservation(behind, SKEW, f'is {skew_s:.3f} s behind {name}, at most '
+                                                      f'{self._limits.max_skew_s:g} s is allowed')
                 raise NoObservation(name, SKEW, f'message is {skew_s:.3f} s apart from the oldest '
                                                 f'picture, at most {self._limits.max_skew_s:g} s '
                                                 f'is allowed')
