@@ -29,9 +29,8 @@ ASPECT_TOLERANCE = 0.01   # of width / height
 PICTURE_SIZES = ('exact', 'aspect', 'any')
 _FIRST_BYTES = 4096       # live pictures differ in them, so that the rest is rarely compared
 
-# Kinds of NoObservation.
-ABSENT, STALE, SLOW, FROZEN, SKEW = 'absent', 'stale', 'slow', 'frozen', 'skew'
-MALFORMED, SIZE, ORDER, FUTURE, CLOCK = 'malformed', 'size', 'order', 'future', 'clock'
+KINDS = (ABSENT, STALE, SLOW, FROZEN, SKEW, MALFORMED, SIZE, ORDER, FUTURE, CLOCK) = (
+    'absent', 'stale', 'slow', 'frozen', 'skew', 'malformed', 'size', 'order', 'future', 'clock')
 
 
 class NoObservation(Exception):
