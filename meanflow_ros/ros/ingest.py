@@ -30,9 +30,8 @@ ASPECT_TOLERANCE = 0.01   # of width / height
 PICTURE_SIZES = ('exact', 'aspect', 'any')
 _FIRST_BYTES = 4096       # live pictures differ in them, so that the rest is rarely compared
 
-# Kinds of NoObservation.
-ABSENT, STALE, SLOW, FROZEN, SKEW = 'absent', 'stale', 'slow', 'frozen', 'skew'
-MALFORMED, SIZE, ORDER, FUTURE, CLOCK = 'malformed', 'size', 'order', 'future', 'clock'
+KINDS = (ABSENT, STALE, SLOW, FROZEN, SKEW, MALFORMED, SIZE, ORDER, FUTURE, CLOCK) = (
+    'absent', 'stale', 'slow', 'frozen', 'skew', 'malformed', 'size', 'order', 'future', 'clock')
 
 
 class NoObservation(Exception):
@@ -225,11 +224,6 @@ class Ingest:
             message = deserialize(data, 'sensor_msgs/msg/JointState')
         self.add_joint_state(message, now_ns=now_ns)
 
-    @property
-    def instruction(self) -> str | None:
-        """Return the instruction that was received last, None if there is none or it was bad."""
-        return None if self._instruction_fault else self._instruction
-
     def set_serialized_instruction(self, data: bytes) -> str:
         """Take a serialised std_msgs/String as the instruction, see `set_instruction`."""
         try:
@@ -253,6 +247,11 @@ class Ingest:
             raise
         self._instruction_fault = None
         return self._instruction
+
+    @property
+    def instruction(self) -> str | None:
+        """Return what was told last, None if nothing good was."""
+        return None if self._instruction_fault else self._instruction
 
     def newest_state(self) -> np.ndarray | None:
         """Return the newest joint positions (P,), None if there are none."""
@@ -332,6 +331,10 @@ class Ingest:
         for name, stamp in stamps.items():
             skew_s = abs(stamp - stamp_ns) / NANOSECONDS
             if skew_s > self._limits.max_skew_s:
+                behind = min(stamps, key=lambda key: self._streams()[key].items[-1][0])
+                if stamp > stamp_ns and behind != name:    # it has come on time, not the other
+                    raise NoObservation(behind, SKEW, f'is {skew_s:.3f} s behind {name}, at most '
+                                                      f'{self._limits.max_skew_s:g} s is allowed')
                 raise NoObservation(name, SKEW, f'message is {skew_s:.3f} s apart from the oldest '
                                                 f'picture, at most {self._limits.max_skew_s:g} s '
                                                 f'is allowed')

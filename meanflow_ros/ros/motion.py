@@ -19,6 +19,7 @@ from meanflow_ros.core.timeline import Mode, Prefix, StopAlongPath, Timeline
 from meanflow_ros.ros.motion_config import HOLD, NEUTRAL, MotionConfig, measured_names
 
 NANOSECONDS = 1_000_000_000
+NO_CHUNK = 'no chunk'
 REST_S = 1.0         # a stream goes on this long after the robot has come to rest
 _SUBSCRIBERS_S = 0.1
 _STANDING_PERIODS = 6   # without a command, after which a robot stands: then a stream may begin
@@ -54,6 +55,11 @@ class Motion:
         self._heard = True
 
     @property
+    def moving(self) -> bool:
+        """Whether chunks are followed now."""
+        return self._accepted_ns is not None
+
+    @property
     def streams(self) -> bool:
         """Whether `tick` must be called at the control rate."""
         return any(output.streams for output in self.outputs)
@@ -81,7 +87,7 @@ class Motion:
         self._accepted_ns, self._stop, self.stopped, self._rest_ns = now_ns, None, None, None
         for output in self.outputs:
             if not output.streams:
-                output.send_chunk(self._planned(now_ns) or safe, now_ns)
+                self._send_chunk(output, self._planned(now_ns) or safe, now_ns)
         return safe
 
     def tick(self, now_ns: int) -> None:
@@ -90,7 +96,7 @@ class Motion:
         if self._accepted_ns is not None:
             late_s = (now_ns - self._accepted_ns) / NANOSECONDS
             if late_s > self.config.deadline_s:
-                self._stop_for('no chunk', now_ns)
+                self._stop_for(NO_CHUNK, now_ns)
             elif not self._somebody_listens(now_ns):
                 self._stop_for('no subscriber', now_ns)
             else:
@@ -140,6 +146,9 @@ class Motion:
         first = chunk.actions[0] if chunk.actions.shape == (
             self.robot.horizon, self.robot.action_space.size) else np.full(len(self._felt), np.nan)
         return np.where(np.isnan(self._felt), first, self._felt)
+
+    def _send_chunk(self, output, safe: SafeChunk, now_ns: int) -> None:
+        output.send_chunk(safe, now_ns, self.guard.limits.velocity)
 
     def _begin_stream(self, safe: SafeChunk) -> None:
         space = self.robot.action_space
@@ -204,7 +213,7 @@ class Motion:
         due_ns = now_ns + lead_ns + period_ns * np.arange(count)
         actions = np.array([self._stop(int(due)) for due in due_ns])
         plan = TimedActions(stamp_ns=now_ns, due_ns=due_ns, actions=actions)
-        output.send_chunk(self.guard.check_plan(plan), now_ns)
+        self._send_chunk(output, self.guard.check_plan(plan), now_ns)
 
 
 def _constant(command: np.ndarray):

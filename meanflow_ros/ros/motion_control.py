@@ -23,7 +23,7 @@ from meanflow_ros.core.timeline import Mode, Prefix, RealTime
 from meanflow_ros.core.urdf import MAX_BYTES, limits_from_urdf
 from meanflow_ros.ros import to_messages
 from meanflow_ros.ros.bag import deserialize_text
-from meanflow_ros.ros.motion import Motion
+from meanflow_ros.ros.motion import NO_CHUNK, Motion
 from meanflow_ros.ros.motion_config import MotionConfig, measured_names, read_mode, read_motion
 from meanflow_ros.ros.outputs import Output, make_output
 from meanflow_ros.ros.parameters import PolicyParameters
@@ -34,12 +34,16 @@ HEARTBEAT_S = 0.1
 class MotionControl:
     """Lives as long as the node; `configure` and `release` make and free a robot's Motion.
 
-    lock: held whenever the motion is touched. now_ns: gives ROS time, called with the lock held.
-    motion: None while the node is not configured.
+    lock: held whenever the motion is touched. now_ns: gives ROS time, called with the lock held,
+    as why_no_chunk, which says why none comes, None if nothing is known. motion: None while the
+    node is not configured.
     """
 
-    def __init__(self, node, lock: threading.Condition, now_ns: Callable[[], int]):
+    def __init__(self, node, lock: threading.Condition, now_ns: Callable[[], int],
+                 why_no_chunk: Callable[[], str | None]):
         self._node, self._lock, self._now_ns = node, lock, now_ns
+        self._why_no_chunk = why_no_chunk
+        self._moved = False                  # what the log was told last
         self.motion: Motion | None = None
         self.estopped, self.enabled = False, True
         self.failure: str | None = None      # of the control loop or the robot description
@@ -200,10 +204,28 @@ class MotionControl:
                 return
             try:
                 self.motion.tick(self._now_ns())
+                self._tell()
             except Exception as error:
                 self.failure = f'control loop: {type(error).__name__}: {error}'
                 self.motion = None      # nothing more is sent until the node is configured again
                 self._node.get_logger().error(self.failure)
+
+    def _tell(self) -> None:
+        """Say on the log when the robot stops, and why, and when it moves again."""
+        moves = self.motion.moving
+        if self._outputs and moves != self._moved:
+            if moves:
+                self._node.get_logger().info('the robot follows chunks')
+            else:
+                self._node.get_logger().warning(
+                    f'the robot stops ({self.motion.config.safe_action}): {self._stopped()}')
+        self._moved = moves
+
+    def _stopped(self) -> str | None:
+        """Return why the robot does not follow chunks."""
+        stopped = self.motion.stopped
+        why = self._why_no_chunk() if stopped == NO_CHUNK else None
+        return f'{stopped}: {why}' if why else stopped
 
     def _on_estop(self, request, response):
         with self._lock:
@@ -233,7 +255,7 @@ class MotionControl:
         with self._lock:
             motion, state = self.motion, self.why_not()
             state = (state or 'not configured' if motion is None else
-                     state or motion.stopped or 'ready')
+                     state or self._stopped() or 'ready')
             beat = Header(frame_id=state)
             beat.stamp = to_messages.time(self._node.get_clock().now().nanoseconds)
         self._heartbeat.publish(beat)

@@ -80,7 +80,7 @@ class PolicyNode(LifecycleNode):
         self._sensors: list[AdaptiveSubscription] = []
         self._status = Status()
         self._inferring_since_s: float | None = None
-        self._control = MotionControl(self, self._inputs, self._now_ns)
+        self._control = MotionControl(self, self._inputs, self._now_ns, self._why_no_chunk)
         self._problems = parameters.declare(
             self, can_configure=lambda: self._policy is None)
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
@@ -247,11 +247,12 @@ class PolicyNode(LifecycleNode):
             before = self._ingest.instruction
             try:
                 text = self._ingest.set_serialized_instruction(data)
+                if text == before:
+                    return
                 self.get_logger().info(f'instruction: {text!r}')
             except ValueError as error:
                 self.get_logger().error(f'{error}; no chunk until a good instruction arrives')
-            if self._ingest.instruction != before:
-                self._control.halt('instruction')
+            self._control.halt('instruction')
 
     def _on_reset(self, request, response):
         with self._inputs:
@@ -345,6 +346,18 @@ class PolicyNode(LifecycleNode):
             recovered = self._status.published(latency_s)
         if recovered:
             self.get_logger().info(f'producing chunks again (was: {recovered})')
+
+    def _why_no_chunk(self) -> str | None:
+        """Return why no chunk comes, as far as it is known. Call it locked."""
+        since_s = self._inferring_since_s
+        if since_s is not None:
+            return f'inference has been running for {time.monotonic() - since_s:.3f} s'
+        stamps = self._ingest.newest_stamps_ns()
+        if self._status.reason or None in stamps.values():
+            return self._status.reason
+        behind = min(stamps, key=stamps.get)
+        age_s = (self.get_clock().now().nanoseconds - stamps[behind]) / NANOSECONDS
+        return f'{behind}: nothing new for {age_s:.3f} s'
 
     def _report(self, reason: str, *, patience_s: float = 0.0) -> None:
         """Say why no chunk is produced: on the log once per kind, in /diagnostics all the time.
