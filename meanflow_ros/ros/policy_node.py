@@ -339,6 +339,10 @@ class PolicyNode(LifecycleNode):
             except Rejected as error:
                 self._report(f'guard: {error}')
                 return
+            except Exception as error:  # nor what comes of an answer that is no chunk
+                self._control.halt('inference failed')
+                self._report(f'inference failed: {type(error).__name__}: {error}')
+                return
             if safe is None:
                 self._status.discarded += 1
                 return

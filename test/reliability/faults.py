@@ -170,7 +170,7 @@ def _clocks() -> list[Fault]:
         clock('10 s forward', '10', None),
         clock('10 s backward', '-10', None),
         clock('1 ms backward', '-0.001', None),
-        clock('stops', 'stop', ('no chunk',), end=_tell('feeder', 'clock go'),
+        clock('stops', 'stop', ('clock',), end=_tell('feeder', 'clock go'),
               within_s=DEADLINE + 1.0)]
 
 

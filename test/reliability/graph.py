@@ -122,6 +122,7 @@ class Graph:
                      for word in ('-p', f'{name}:={json.dumps(value)}')]
         module = 'reliability.faulty_node' if variant == MODEL else 'meanflow_ros.ros.policy_node'
         self.checker.forget()
+        self.checker.simulated_time = variant == CLOCK
         self._start('node', '-m', module, '--ros-args', *arguments)
         self.variant = variant
 
@@ -196,7 +197,7 @@ class Graph:
             with contextlib.suppress(json.JSONDecodeError):    # killed within a line
                 record = json.loads(line)
                 if record[0] == 'c':
-                    self.elbow = record[3]
+                    self.elbow = record[4]
                 elif record[0] == 's':
                     self.shoulder = record[2]
                 self.checker.take(record)
