@@ -309,8 +309,9 @@ def test_a_robot_without_proprioception_needs_no_joint_states():
 
 def test_a_compressed_picture_is_decoded_and_a_broken_one_is_named(ingest):
     feed(ingest, T0, leave_out=['wrist'])
-    ingest.add_compressed_image('wrist', SimpleNamespace(
-        header=header(T0), format='jpeg', data=b'\xff\xd8 broken'), now_ns=T0)
+    with pytest.raises(ValueError, match='cannot be decoded'):
+        ingest.add_compressed_image('wrist', SimpleNamespace(
+            header=header(T0), format='jpeg', data=b'\xff\xd8 broken'), now_ns=T0)
     fault = why_not(ingest, T0)
     assert fault.stream == 'camera/wrist' and 'cannot be decoded' in fault.reason
     red = np.zeros((2, 3, 3), np.uint8)
@@ -400,9 +401,10 @@ def test_a_picture_that_differs_behind_its_first_bytes_is_no_repeat():
 
 def test_a_compressed_camera_that_repeats_its_bytes_is_frozen_too():
     ingest = watchful(frozen_pictures=2)
-    message = SimpleNamespace(header=header(T0), format='jpeg', data=b'same')
+    same = cv2.imencode('.png', np.zeros((2, 3, 3), np.uint8))[1].reshape(-1)
+    message = SimpleNamespace(header=header(T0), format='png', data=same)
     ingest.add_compressed_image('wrist', message, now_ns=T0)
-    message = SimpleNamespace(header=header(T0 + 1), format='jpeg', data=b'same')
+    message = SimpleNamespace(header=header(T0 + 1), format='png', data=same.copy())
     with pytest.raises(ValueError, match='identical'):
         ingest.add_compressed_image('wrist', message, now_ns=T0)
 

@@ -103,7 +103,10 @@ class Feeder:
         elif rest == 'ok':
             self._faults.pop(word, None)
             if word in self._seconds:
-                self._node.destroy_publisher(self._seconds.pop(word))
+                ended = self._seconds.pop(word)
+                self._later = [entry for entry in self._later if entry[2] is not ended]
+                heapq.heapify(self._later)
+                self._node.destroy_publisher(ended)
         else:
             self._faults[word] = (JOINTS if word == 'joints' else PICTURES)[rest], {}
 

@@ -137,6 +137,14 @@ class Graph:
                               str(self.elbow))
         threading.Thread(target=self._record, args=(process,), daemon=True).start()
 
+    def revive(self) -> None:
+        """Start anew what should not have ended."""
+        for name, start in (('feeder', self.start_feeder), ('controller', self.start_controller)):
+            if not self.alive(name):
+                start()
+        if self.alive('node'):
+            self.kill('node', signal.SIGKILL)
+
     def tell(self, process: str, line: str) -> None:
         """Write a line to the stdin of a process."""
         self._processes[process].stdin.write(line + '\n')
