@@ -103,7 +103,7 @@ def _joints() -> list[Fault]:
         _stream('joints', 'far', ('shoulder', 'outside its limits')),
         _stream('joints', 'missing_joint', (topic, "no 'load'")),
         _stream('joints', 'lengths_differ', (topic, '3 names but 2 positions')),
-        _stream('joints', 'a_million_names', (topic, 'bytes'), soak=False, grows_mib=64.0),
+        _stream('joints', 'a_million_names', (topic,), soak=False, grows_mib=64.0),
         _stream('joints', 'future', (topic, 'in the future')),
         _stream('joints', 'zero_stamp', (topic, 'stamp goes backward')),
         Fault(name='joint states: a second publisher', begin=_tell('feeder', 'second joints'),
