@@ -81,6 +81,13 @@ def test_the_policy_node_is_allowed_what_it_does_and_nothing_else(tmp_path):
         assert needless == set(), f'{kind} is allowed and never done'
 
 
+def test_between_enclaves_stands_no_comment_which_the_tools_would_take_for_an_enclave():
+    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
+    (enclaves,) = ElementTree.parse(POLICY, parser).getroot().iter('enclaves')
+    assert [element.get('path') for element in enclaves] == [
+        '/meanflow/policy', '/meanflow/sim', '/meanflow/operator']
+
+
 def test_the_operator_may_call_every_service_of_the_policy_node_and_command_nothing():
     policy, operator = rules('meanflow_policy'), rules('operator')
     assert operator['request'] == policy['reply'] and 'reply' not in operator

@@ -77,7 +77,7 @@ class Checker:
         self.last_command_s = at
         self._within(at, 'position', np.abs(_centred(values, which)), names)
         before, self._before = self._before, (
-            at, number, stamp_ns, values, np.full(3, 0.0 if number == 1 else np.nan), 0.0)
+            at, number, stamp_ns, values, np.full(3, np.nan), 0.0)
         if before is None or number != before[1] + 1:
             self.refused['lost'] += before is not None
             self.moved['stream'] = at
@@ -98,7 +98,7 @@ class Checker:
             change[2], change_before = 0.0, change_before * [1, 1, 0]
         self._before = at, number, stamp_ns, values, change, period_s
         self._within(at, 'velocity', np.abs(change) / VELOCITY[which], names)
-        if not np.isnan(change_before).any():     # known from the second command on
+        if not np.isnan(change_before).any():     # known from the third command on
             self._within(at, 'acceleration', 2 * np.abs(change - change_before)
                          / (period_s + period_before) / ACCELERATION[which], names)
         if np.abs(values - held).max() > STILL or abs(values[2]) > STILL:

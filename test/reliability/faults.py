@@ -175,7 +175,7 @@ def _clocks() -> list[Fault]:
 
 
 def _restart_node(graph: Graph) -> None:
-    graph.start_node(PLAIN)
+    graph.start_node(graph.variant)
 
 
 def _kill(name: str, number: int = signal.SIGKILL) -> Callable[[Graph], None]:
@@ -195,13 +195,13 @@ def _transitions(*names: str) -> Callable[[Graph], None]:
 def _processes() -> list[Fault]:
     return [
         Fault(name='node: killed mid-chunk, restarted', begin=_kill('node'), end=_restart_node,
-              silent=True, soak=False, recovers_s=PROCESS_S, short=True),
+              silent=True, soak=False, recovers_s=PROCESS_S),
         Fault(name='node: SIGTERM mid-chunk, restarted', begin=_terminate, end=_restart_node,
               silent=True, soak=False, within_s=AT_ONCE, recovers_s=PROCESS_S),
         Fault(name='node: stopped (SIGSTOP) and continued',
               begin=lambda graph: graph._processes['node'].send_signal(signal.SIGSTOP),
               end=lambda graph: graph._processes['node'].send_signal(signal.SIGCONT),
-              silent=True),
+              silent=True, short=True),
         Fault(name='node: deactivated mid-chunk', begin=_transitions('deactivate'),
               end=_transitions('activate'), stops=('deactivated',), within_s=AT_ONCE, short=True),
         Fault(name='node: cleaned up mid-chunk', begin=_transitions('deactivate', 'cleanup'),
