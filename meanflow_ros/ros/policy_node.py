@@ -36,10 +36,10 @@ from meanflow_ros.core.timeline import Prefix
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
-from meanflow_ros.ros.ingest import (
-    CLOCK, COMPRESSED_IMAGE, IMAGE, Ingest, IngestLimits, NoObservation)
+from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest
 from meanflow_ros.ros.motion_control import MotionControl
 from meanflow_ros.ros.status import Status
+from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
 
 WARM_UP_RUNS = 5
 POLL_S = 0.1
@@ -155,7 +155,7 @@ class PolicyNode(LifecycleNode):
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         if self._policy.robot.state_names:
             self._sensors.append(AdaptiveSubscription(
-                self, JointState, 'joint_states', self._on_joint_state))
+                self, JointState, 'joint_states', self._on_joint_state, serialized=True))
         kind, type_name, suffix = {
             'raw': (Image, IMAGE, ''),
             'compressed': (CompressedImage, COMPRESSED_IMAGE, '/compressed'),
@@ -165,7 +165,7 @@ class PolicyNode(LifecycleNode):
                 self, kind, f'camera/{name}/image_raw{suffix}',
                 functools.partial(self._on_picture, name, type_name), serialized=True))
         self._instruction = self.create_subscription(
-            String, 'instruction', self._on_instruction, latched)
+            String, 'instruction', self._on_instruction, latched, raw=True)
         self._chunks = self.create_lifecycle_publisher(JointTrajectory, 'action_chunk', 10)
         self._reset_service = self.create_service(Trigger, '~/reset', self._on_reset)
 
@@ -227,8 +227,8 @@ class PolicyNode(LifecycleNode):
     def _on_picture(self, name: str, type_name: str, data: bytes) -> None:
         self._store(self._ingest.add_serialized, name, data, type_name)
 
-    def _on_joint_state(self, message) -> None:
-        if self._store(self._ingest.add_joint_state, message):
+    def _on_joint_state(self, data: bytes) -> None:
+        if self._store(self._ingest.add_serialized_joint_state, data):
             with self._inputs:
                 self._control.feel(self._ingest.newest_state())
 
@@ -242,17 +242,18 @@ class PolicyNode(LifecycleNode):
                 self._inputs.notify()
             return True
 
-    def _on_instruction(self, message) -> None:
+    def _on_instruction(self, data: bytes) -> None:
         with self._inputs:
             before = self._ingest.instruction
             try:
-                text = self._ingest.set_instruction(message.data)
+                text = self._ingest.set_serialized_instruction(data)
                 if text == before:
                     return
                 self.get_logger().info(f'instruction: {text!r}')
             except ValueError as error:
                 self.get_logger().error(f'{error}; no chunk until a good instruction arrives')
-            self._control.halt('instruction')
+            if self._ingest.instruction != before:
+                self._control.halt('instruction')
 
     def _on_reset(self, request, response):
         with self._inputs:
