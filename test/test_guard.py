@@ -357,6 +357,17 @@ def test_a_clamped_start_outside_the_limits_rejects():
         guard.check(chunk, now_ns=0, start=np.array([1.5, 0.0, 0.0, 0.0]))
 
 
+def test_after_a_gap_a_rate_begins_at_nothing():
+    rates = dataclasses.replace(LIMITED, action_space=dataclasses.replace(
+        LIMITED.action_space, rates=('b',)))
+    stream, target = Guard(rates), np.array([0.1, 0.3, 0.0, 0.0])
+    stream.stand(np.array([0.1, 0.0, 0.0, 0.0]))
+    for tick in range(1, 100):
+        before = stream.command(target, now_ns=tick * TICK_NS, period_s=0.01).values
+    after = stream.command(target, now_ns=106 * TICK_NS, period_s=0.01).values
+    assert before[1] == pytest.approx(0.3) and after[1] <= 0.005 + 1e-9
+
+
 def test_after_the_last_command_of_a_stream_none_needs_to_come():
     rates = dataclasses.replace(LIMITED, action_space=dataclasses.replace(
         LIMITED.action_space, rates=('b',)))

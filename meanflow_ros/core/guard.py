@@ -137,7 +137,8 @@ class Guard:
             target = None
         passed_s = (now_ns - self._commanded_ns) / 1e9 if self._commanded_ns else period_s
         if passed_s > _GAP_PERIODS * period_s:
-            self._limiter.stand(self._limiter.position)
+            self._limiter.stand(np.clip(self._robot.action_space.at_rest(self._limiter.position),
+                                        self._box.lower, self._box.upper))
         if passed_s > 0:
             self._limiter.step(target, min(passed_s, period_s))
             self._commanded_ns = now_ns

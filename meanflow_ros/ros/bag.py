@@ -61,7 +61,7 @@ def deserialize_text(data: bytes, max_bytes: int) -> str:
     try:
         return deserialize(data, 'std_msgs/msg/String').data
     except ValueError as error:
-        if isinstance(error.__context__, UnicodeDecodeError):
+        if 'utf-8' in str(error):
             raise ValueError('is not valid UTF-8') from None
         raise
 

@@ -22,6 +22,7 @@ NANOSECONDS = 1_000_000_000
 NO_CHUNK, NO_SUBSCRIBER = 'no chunk', 'no subscriber'
 REST_S = 1.0         # a stream goes on this long after the robot has come to rest
 _SUBSCRIBERS_S = 0.1
+_STANDING_PERIODS = 6   # without a command, after which a robot stands: then a stream may begin
 
 
 class Motion:
@@ -49,6 +50,7 @@ class Motion:
         self._target: np.ndarray | None = None    # last action that was due
         self._stop = None                         # gives the command (A,) at a time of the stop
         self._streaming = False
+        self._silenced_ns: int | None = None
         self._rest_ns: int | None = None
         self._looked_ns = 0
 
@@ -74,6 +76,9 @@ class Motion:
         It is not followed where a controller is missing. Rejected says why the guard refuses it.
         state: (P,) of the observation.
         """
+        if self._is_coming_to_rest(now_ns):
+            self.timeline.discarded['silenced'] += 1
+            return None
         start = None if not self._measured else self._start_of(chunk)
         safe = self.guard.check(chunk, now_ns=now_ns, state=state, start=start)
         if not self._somebody_listens(now_ns):
@@ -132,7 +137,14 @@ class Motion:
         if self._streaming:
             self._stop = _constant(self._still())
             self._publish(self.guard.last_command(now_ns=now_ns, period_s=self.config.period_s))
-            self._streaming = False
+            self._streaming, self._silenced_ns = False, now_ns
+
+    def _is_coming_to_rest(self, now_ns: int) -> bool:
+        """Whether a stream has just been silenced: its controllers may still move."""
+        if self._silenced_ns is None or self._streaming:
+            return False
+        passed_s = (now_ns - self._silenced_ns) / NANOSECONDS
+        return 0 <= passed_s < _STANDING_PERIODS * self.config.period_s
 
     def _start_of(self, chunk: ActionChunk) -> np.ndarray:
         """Return where the robot is, (A,); where nothing is measured, where the chunk begins."""

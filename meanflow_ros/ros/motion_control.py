@@ -189,6 +189,8 @@ class MotionControl:
                 self.silence('robot_description')
                 self._node.get_logger().error(self.failure)
                 return
+            if self.failure is None and guard.limits.equal(self.motion.guard.limits):
+                return
             self.failure = None
             self.silence('robot_description')
             guard.interventions = self.motion.guard.interventions

@@ -325,7 +325,7 @@ class PolicyNode(LifecycleNode):
             given = {} if prefix is None else {'prefix': prefix.actions}
             chunk = policy.act(observation, steps=steps, seed=self.get_parameter('seed').value,
                                **given)
-        except Exception as error:  # whatever the network raises must not end the thread
+        except (Exception, SystemExit) as error:  # whatever is raised must not end the thread
             self._report(f'inference failed: {type(error).__name__}: {error}')
             return
         latency_s = time.perf_counter() - start

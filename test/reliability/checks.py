@@ -1,6 +1,6 @@
 """What the commands of the robot did: limits, and when it came to rest.
 
-Written from the limits alone, without the guard's code: it reads the records of controller.py.
+Written from the limits alone, without the guard's code; it reads the records of controller.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from reliability.robot import (
 PERIOD_S = 1 / CONTROL_RATE_HZ
 ROUNDING = 1e-3         # share of a limit
 STOOD_S = 5 * PERIOD_S  # without a command the controllers have held so long that all stands
+LATE_S = 0.3            # a message may arrive
 STILL = 1e-9
 
 
@@ -33,6 +34,7 @@ class Checker:
         self.commands = 0
         self.refused: Counter[str] = Counter()
         self.worst: Counter[str] = Counter()
+        self._where = ''
         self._before = None      # (arrival, stamp, values, rates of change, length of its period)
 
     def forget(self) -> None:
@@ -53,7 +55,7 @@ class Checker:
 
     def _wrong(self, at: float, words: str) -> None:
         self.violated += 1
-        self.violations.append(f'{at:.3f}: {words}')
+        self.violations.append(f'{at:.3f}: {words}{self._where}')
 
     def _within(self, at, what, shares, names) -> None:
         """Note shares of a limit (n,) that were used; more than 1 is a violation."""
@@ -76,10 +78,13 @@ class Checker:
         if before is None:
             self.moved['stream'] = at
             return
-        passed_s = (stamp_ns - before[1]) / 1e9
+        passed_s, gap_s = (stamp_ns - before[1]) / 1e9, at - before[0]
+        self._where = f' ({gap_s:.4f} s after the last by arrival, {passed_s:.4f} s by stamp)'
         period_s = passed_s if 0 < passed_s < PERIOD_S else PERIOD_S
         held, change_before, period_before = before[2:]
-        if at - before[0] > STOOD_S:      # positions are held, and Servo has halted
+        if abs(gap_s - passed_s) < LATE_S:
+            gap_s = passed_s              # the clocks agree: stamps are the better measure
+        if gap_s > STOOD_S:               # positions are held, and Servo has halted
             held, change_before, period_before = held * [1, 1, 0], np.zeros(3), 0.0
         change = (values - held) / period_s
         if values[2] == 0:                # whoever says stop may have a rate end at once
@@ -93,6 +98,7 @@ class Checker:
 
     def _trajectory(self, at: float, times, positions, velocities) -> None:
         """Check the points of a trajectory for the shoulder."""
+        self._where = ''
         times, positions = np.array(times), np.array(positions, float)
         names = DIMENSIONS[:1]
         self.commands += 1

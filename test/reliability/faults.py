@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from meanflow_ros.core.contract import MAX_INSTRUCTION_BYTES
-from micro_policy import CAMERAS
 from reliability.graph import CLOCK, MODEL, PLAIN, Failed, Graph
-from reliability.robot import DEADLINE_S, MAX_AGE_S, STOP_S
+from reliability.robot import CAMERAS, DEADLINE_S, MAX_AGE_S, STOP_S
 
 SLACK_S = 0.5                  # a busy computer, and the way to rest within the limits
 DEADLINE = DEADLINE_S + STOP_S + SLACK_S
 AT_ONCE = STOP_S + SLACK_S
+PROCESS_S = 60.0               # Python and PyTorch start, on a busy computer
 URDF = '<robot name="r">' + ''.join(
     f'<joint name="{name}" type="revolute"><limit lower="{lower}" upper="{upper}" velocity="9"/>'
     f'</joint>' for name, lower, upper in (('shoulder', -1.5, 2), ('elbow', -1, 1))) + '</robot>'
@@ -27,9 +27,11 @@ class Fault:
 
     begin, end: do and undo it. stops: words of which heartbeat or diagnostics must say all, in
     one message, while the robot rests; None: chunks go on and no command breaks a limit.
-    within_s: from `begin` until everything rests. seconds: how long a fault lasts that does not
-    stop the robot. node: the variant of the node. silent: nobody is there to say anything.
-    short: it is among those of `make test`. soak: it may come in a soak.
+    within_s: from `begin` until everything rests. recovers_s: from `end` until everything moves
+    again. seconds: how long a fault lasts that does not stop the robot. node: the variant of the
+    node. silent: nobody is there to say anything. grows_mib: the node's memory, at most: large
+    messages leave their buffers to the allocator. short: it is among those of `make test`. soak:
+    it may come in a soak.
     """
 
     name: str
@@ -37,9 +39,11 @@ class Fault:
     end: Callable[[Graph], None] = lambda graph: None
     stops: tuple[str, ...] | None = None
     within_s: float = DEADLINE
+    recovers_s: float = 3.0
     seconds: float = 1.5
     node: str = PLAIN
     silent: bool = False
+    grows_mib: float = 8.0
     short: bool = False
     soak: bool = True
 
@@ -99,7 +103,7 @@ def _joints() -> list[Fault]:
         _stream('joints', 'far', ('shoulder', 'outside its limits')),
         _stream('joints', 'missing_joint', (topic, "no 'load'")),
         _stream('joints', 'lengths_differ', (topic, '3 names but 2 positions')),
-        _stream('joints', 'a_million_names', (topic,), soak=False),
+        _stream('joints', 'a_million_names', (topic, 'bytes'), soak=False, grows_mib=64.0),
         _stream('joints', 'future', (topic, 'in the future')),
         _stream('joints', 'zero_stamp', (topic, 'stamp goes backward')),
         Fault(name='joint states: a second publisher', begin=_tell('feeder', 'second joints'),
@@ -132,7 +136,7 @@ def _instructions() -> list[Fault]:
         hostile('empty', _say(''), 'empty'),
         hostile('64 kB', _say('a' * 65536), str(MAX_INSTRUCTION_BYTES)),
         hostile('invalid UTF-8', _tell('feeder', f'say_bytes {invalid}'), 'UTF-8'),
-        hostile('garbled bytes', _tell('feeder', f'say_bytes {garbled}'), 'cannot be read')]
+        hostile('garbled bytes', _tell('feeder', f'say_bytes {garbled}'), 'not a std_msgs')]
 
 
 def _models() -> list[Fault]:
@@ -191,13 +195,13 @@ def _transitions(*names: str) -> Callable[[Graph], None]:
 def _processes() -> list[Fault]:
     return [
         Fault(name='node: killed mid-chunk, restarted', begin=_kill('node'), end=_restart_node,
-              silent=True, within_s=DEADLINE, short=True),
+              silent=True, soak=False, recovers_s=PROCESS_S, short=True),
         Fault(name='node: SIGTERM mid-chunk, restarted', begin=_terminate, end=_restart_node,
-              silent=True, within_s=AT_ONCE),
+              silent=True, soak=False, within_s=AT_ONCE, recovers_s=PROCESS_S),
         Fault(name='node: stopped (SIGSTOP) and continued',
               begin=lambda graph: graph._processes['node'].send_signal(signal.SIGSTOP),
               end=lambda graph: graph._processes['node'].send_signal(signal.SIGCONT),
-              silent=True, within_s=DEADLINE),
+              silent=True),
         Fault(name='node: deactivated mid-chunk', begin=_transitions('deactivate'),
               end=_transitions('activate'), stops=('deactivated',), within_s=AT_ONCE, short=True),
         Fault(name='node: cleaned up mid-chunk', begin=_transitions('deactivate', 'cleanup'),
@@ -205,10 +209,10 @@ def _processes() -> list[Fault]:
               within_s=AT_ONCE),
         Fault(name='controllers: killed, restarted', begin=_kill('controller'),
               end=lambda graph: graph.start_controller(), stops=('no subscriber',),
-              within_s=30.0, short=True),
+              within_s=30.0, recovers_s=PROCESS_S),
         Fault(name='all inputs: killed, restarted', begin=_kill('feeder'),
-              end=lambda graph: graph._start('feeder', '-m', 'reliability.feeder'),
-              stops=('old',))]
+              end=lambda graph: graph.start_feeder(),
+              stops=('old',), recovers_s=PROCESS_S)]
 
 
 def _set(name: str, value, accepted: bool = True) -> Callable[[Graph], None]:
@@ -262,9 +266,9 @@ def _descriptions() -> list[Fault]:
     import json
     good = _tell('feeder', f'describe {json.dumps(URDF)}')
 
-    def description(name, text, words):
+    def description(name, text, words, **more):
         return Fault(name=f'robot description: {name}', end=good, stops=words, within_s=DEADLINE,
-                     begin=_tell('feeder', f'describe {json.dumps(text)}'), soak=False)
+                     begin=_tell('feeder', f'describe {json.dumps(text)}'), soak=False, **more)
 
     return [
         Fault(name='robot description: a good one', begin=good),
@@ -272,7 +276,8 @@ def _descriptions() -> list[Fault]:
         description('entities', BOMB, ('robot_description', 'entities')),
         description('a joint is missing', URDF.replace('elbow', 'knee'), ('elbow',)),
         description('no room left', URDF.replace('-1.5', '1.99'), ('shoulder',)),
-        description('17 MB', URDF + ' ' * 17 * 2**20, ('robot_description', 'characters'))]
+        description('17 MB', URDF + ' ' * 17 * 2**20, ('robot_description', 'bytes'),
+                    grows_mib=64.0)]
 
 
 CYCLES = 1000

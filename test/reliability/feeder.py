@@ -24,9 +24,8 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 
 from meanflow_ros.ros import to_messages
-from micro_policy import CAMERAS, HEIGHT, WIDTH
-from reliability.robot import HOME, LOAD, STATES
-from reliability.streams import JOINTS, PERIOD_S, PICTURES
+from reliability.robot import CAMERAS, HEIGHT, HOME, LOAD, STATES, WIDTH
+from reliability.streams import JOINTS, PICTURES
 
 CLOCK_PERIOD_S = 0.01
 LATCHED = QoSProfile(depth=10, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -36,8 +35,8 @@ INSTRUCTIONS = ('push the lever', 'pull the lever')
 class Feeder:
     """The robot's side; `run` publishes what is due."""
 
-    def __init__(self, node: Node):
-        self._node = node
+    def __init__(self, node: Node, period_s: float):
+        self._node, self._period_s = node, period_s
         self._publishers = {name: node.create_publisher(
             Image, f'camera/{name}/image_raw', qos_profile_sensor_data) for name in CAMERAS}
         self._publishers['joints'] = node.create_publisher(
@@ -62,7 +61,7 @@ class Feeder:
     def run(self, executor) -> None:
         """Publish until stdin ends."""
         due = {self._feed: time.monotonic(), self._tick: 0.0, self._speak: 0.0}
-        periods = {self._feed: lambda: PERIOD_S, self._tick: lambda: CLOCK_PERIOD_S,
+        periods = {self._feed: lambda: self._period_s, self._tick: lambda: CLOCK_PERIOD_S,
                    self._speak: lambda: 1 / self._burst_hz if self._burst_hz else 0.05}
         while True:
             while self._lines:
@@ -172,7 +171,7 @@ def main() -> None:
     node = Node('feeder')
     executor = SingleThreadedExecutor()
     executor.add_node(node)
-    Feeder(node).run(executor)
+    Feeder(node, 1 / float(sys.argv[1])).run(executor)
 
 
 if __name__ == '__main__':

@@ -30,8 +30,9 @@ from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from meanflow_ros.ros.from_messages import time_ns
+from reliability.checkpoint import write_checkpoint
 from reliability.checks import Checker
-from reliability.robot import HOME, PARAMETERS, write_checkpoint, write_motion
+from reliability.robot import HOME, PARAMETERS, write_motion
 
 TEST = Path(__file__).resolve().parent.parent
 NODE = 'meanflow_policy'
@@ -59,10 +60,13 @@ def until(condition, what, timeout_s: float, poll_s: float = 0.01):
 
 
 class Graph:
-    """Use it in a `with` statement. out: where checkpoint, motion file and logs go."""
+    """Use it in a `with` statement.
 
-    def __init__(self, out: Path, domain: int | None = None):
-        self.out, self.checker = out, Checker()
+    out: where checkpoint, motion file and logs go. rate_hz: of the inputs.
+    """
+
+    def __init__(self, out: Path, *, domain: int | None = None, rate_hz: float = 30.0):
+        self.out, self.checker, self._rate_hz = out, Checker(), rate_hz
         self.domain = 40 + os.getpid() % 60 if domain is None else domain
         self.chunks: deque = deque(maxlen=10_000)    # (monotonic seconds, stamp_ns)
         self.beats: deque = deque(maxlen=2000)       # (monotonic seconds, words)
@@ -90,12 +94,12 @@ class Graph:
         self._open = True
         self._thread = threading.Thread(target=self._spin, daemon=True)
         self._thread.start()
-        self._start('feeder', '-m', 'reliability.feeder')
+        self.start_feeder()
         self.start_controller()
         return self
 
     def __exit__(self, *_) -> None:
-        for name in list(self._processes):
+        for name in [name for name in self._processes if self.alive(name)]:
             self.kill(name, signal.SIGKILL)
         self._open = False
         self._executor.wake()
@@ -121,6 +125,10 @@ class Graph:
         self._start('node', '-m', module, '--ros-args', *arguments)
         self.variant = variant
 
+    def start_feeder(self) -> None:
+        """Run the inputs."""
+        self._start('feeder', '-m', 'reliability.feeder', str(self._rate_hz))
+
     def start_controller(self) -> None:
         """Run the controllers, from where the robot stands."""
         self.checker.forget()
@@ -136,6 +144,7 @@ class Graph:
     def kill(self, name: str, number: int) -> float:
         """Send a signal and wait for the end; return how long it took, seconds."""
         process, begin = self._processes.pop(name), time.monotonic()
+        memory = _shared_memory(process.pid)
         process.send_signal(number)
         try:
             process.wait(20)
@@ -145,6 +154,8 @@ class Graph:
         finally:
             process.stdin.close()
             process.wait()
+            for path in memory:
+                path.unlink(missing_ok=True)
         return time.monotonic() - begin
 
     def alive(self, name: str) -> bool:
@@ -251,6 +262,17 @@ class Graph:
         """Set a parameter; return whether it was accepted."""
         return self.call(SetParameters, 'set_parameters', SetParameters.Request(
             parameters=[Parameter(name, value=value).to_parameter_msg()])).results[0].successful
+
+
+def _shared_memory(pid: int) -> list[Path]:
+    """Return what Fast DDS leaves behind of a process that is killed: its shared memory."""
+    held = []
+    for descriptor in Path('/proc', str(pid), 'fd').iterdir():
+        with contextlib.suppress(OSError):
+            path = descriptor.readlink()
+            if path.parent == Path('/dev/shm') and path.name.endswith('_el'):
+                held += [path, path.with_name(path.name.removesuffix('_el'))]
+    return held
 
 
 def _die_with_us() -> None:

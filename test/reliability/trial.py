@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from reliability.faults import Fault
 from reliability.graph import START_S, Failed, Graph, until
 
-RECOVERY_S = 20.0
 POLL_S = 0.02
-GROWTH_MIB = 16.0     # of one fault: the allocator keeps what it once needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +42,9 @@ def prepare(graph: Graph, fault: Fault) -> None:
 
 def attempt(graph: Graph, fault: Fault) -> Outcome:
     """Let the robot move, do the fault, undo it, and wait for motion."""
-    prepare(graph, fault)
     checker, problems = graph.checker, []
     commands, violated = checker.commands, checker.violated
+    prepare(graph, fault)
     process, memory = graph._processes['node'], graph.memory_mib()
     begin_s = time.monotonic()
     rest_s = told_s = recovered_s = None
@@ -63,8 +61,11 @@ def attempt(graph: Graph, fault: Fault) -> Outcome:
     try:
         fault.end(graph)
         until(lambda: graph.moving(end_s), lambda: f'motion after the fault '
-              f'({graph.said(end_s)[-3:]}, log: {graph.log("node")})', RECOVERY_S)
+              f'({graph.said(end_s)[-3:]}, log: {graph.log("node")})', START_S)
         recovered_s = time.monotonic() - end_s
+        if recovered_s > fault.recovers_s:
+            problems.append(f'moved again after {recovered_s:.1f} s, at most '
+                            f'{fault.recovers_s:g} s are allowed')
     except Failed as error:
         problems.append(str(error))
         if graph.alive('node'):
@@ -75,7 +76,7 @@ def attempt(graph: Graph, fault: Fault) -> Outcome:
                         f'{list(checker.violations)[-3:]}')
     same = graph._processes.get('node') is process
     growth_mib = graph.memory_mib() - memory if same else None
-    if growth_mib is not None and growth_mib > GROWTH_MIB:
+    if growth_mib is not None and growth_mib > fault.grows_mib:
         problems.append(f'the memory grew by {growth_mib:.1f} MiB')
     return Outcome(
         name=fault.name, expected='goes on' if fault.stops is None and not fault.silent
