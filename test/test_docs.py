@@ -14,10 +14,10 @@ from rclpy.parameter import Parameter  # noqa: E402
 
 from meanflow_ros.core.meanflow import LOSSES  # noqa: E402
 from meanflow_ros.paths import share_directory  # noqa: E402
-from meanflow_ros.ros.ingest import KINDS  # noqa: E402
 from meanflow_ros.ros.motion_config import OUTPUTS, MotionConfig  # noqa: E402
 from meanflow_ros.ros.parameters import DECLARATIONS  # noqa: E402
 from meanflow_ros.ros.policy_node import PolicyNode  # noqa: E402
+from meanflow_ros.ros.streams import KINDS  # noqa: E402
 from meanflow_ros.training.config import options  # noqa: E402
 from meanflow_ros.training.data_config import DataConfig  # noqa: E402
 from micro_policy import CAMERAS  # noqa: E402

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from meanflow_ros.core.contract import ActionSpace, CameraSpec, RobotSpec
-from meanflow_ros.ros.ingest import Ingest, IngestLimits, NoObservation
+from meanflow_ros.ros.ingest import Ingest
+from meanflow_ros.ros.streams import IngestLimits, NoObservation
 
 MS = 1_000_000
 T0 = 1_700_000_000_123_456_789

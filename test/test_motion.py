@@ -417,6 +417,26 @@ def test_a_controller_that_is_gone_stops_the_robot_until_it_is_back():
     assert driven.motion.stopped is None and receiver.velocity(driven.now_ns)[0] > 0.05
 
 
+def test_chunks_that_go_on_without_a_controller_move_nothing_and_count_one_stop():
+    receiver, driven = servo()
+    driven.wire.connected = False
+    for _ in range(8):
+        assert driven.chunk(steady(TWIST)) is not None      # it has passed the guard
+        driven.run(0.1)
+    assert driven.wire.sent == [] and driven.motion.stops == {'no subscriber': 1}
+    assert driven.motion.unheard == ['/servo_node/delta_twist_cmds', '/gripper/closed']
+    driven.wire.connected = True
+    driven.chunk(steady(TWIST))
+    driven.run(0.3)
+    driven.wire.connected = False
+    velocities = []
+    for _ in range(8):
+        driven.chunk(steady(TWIST))
+        driven.run(0.1, lambda: velocities.append(np.abs(receiver.velocity(driven.now_ns))))
+    speeds = np.array(velocities)[12:, 2]                   # a tenth of a second to notice
+    assert (np.diff(speeds) <= 1e-3).all() and speeds[0] > 0.1 and speeds[-1] < 1e-9
+
+
 @pytest.mark.parametrize('action, end', [('hold', 0.0), ('neutral', 0.02), ('decelerate', 0.0)])
 def test_each_safe_action_ends_where_it_says(action, end):
     neutral = {name: 0.02 for name in [*AXES, 'gripper']}

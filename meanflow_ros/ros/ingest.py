@@ -10,9 +10,7 @@ differs.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +18,9 @@ from meanflow_ros.core.contract import (
     MAX_INSTRUCTION_BYTES, NANOSECONDS, CameraSpec, Observation, RobotSpec, clean_instruction)
 from meanflow_ros.ros import from_messages
 from meanflow_ros.ros.bag import deserialize, deserialize_text
+from meanflow_ros.ros.streams import (
+    ABSENT, FROZEN, MALFORMED, SIZE, SKEW, SLOW, STALE, BadInput, IngestLimits, NoObservation,
+    Stream, noting_fault)
 
 IMAGE, COMPRESSED_IMAGE = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
 CAMERA_BUFFER = 8
@@ -27,115 +28,6 @@ STATE_BUFFER = 256
 MAX_STATE_BYTES = 2**18    # of a joint state: thousands of joints
 CLOCK_JUMP_S = 1.0        # the clock may run ahead of steady time by less than this, between looks
 ASPECT_TOLERANCE = 0.01   # of width / height
-PICTURE_SIZES = ('exact', 'aspect', 'any')
-_FIRST_BYTES = 4096       # live pictures differ in them, so that the rest is rarely compared
-
-KINDS = (ABSENT, STALE, SLOW, FROZEN, SKEW, MALFORMED, SIZE, ORDER, FUTURE, CLOCK) = (
-    'absent', 'stale', 'slow', 'frozen', 'skew', 'malformed', 'size', 'order', 'future', 'clock')
-
-
-class NoObservation(Exception):
-    """There is no complete observation now; `stream`, `kind` and the message say why.
-
-    waiting: nothing is wrong yet, the first message of the stream has not come.
-    """
-
-    def __init__(self, stream: str, kind: str, reason: str, *, waiting: bool = False):
-        super().__init__(f'{stream}: {reason}')
-        self.stream = stream
-        self.kind = kind
-        self.reason = reason
-        self.waiting = waiting
-
-
-class BadInput(ValueError):
-    """A message that cannot be used; `kind` is one of the kinds of NoObservation."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
-
-
-@dataclass(frozen=True, kw_only=True)
-class IngestLimits:
-    """When an input counts as missing.
-
-    max_age_s: every stream by itself: the oldest newest message, by its stamp and by its arrival.
-    max_skew_s: largest difference of the stamps within one observation. future_s: how far ahead
-    of the clock a stamp may be. min_rate_hz: fewest pictures per second of a camera, over the
-    pictures kept, 0 for none. frozen_pictures: so many identical pictures one after the other are
-    a camera that hangs, 0 for never (a simulated camera has no noise). picture_size: `exact`, that
-    of the checkpoint; `aspect`, its ratio of width to height; or `any`.
-    """
-
-    max_age_s: float = 0.5
-    max_skew_s: float = 0.06
-    future_s: float = 0.25
-    min_rate_hz: float = 0.0
-    frozen_pictures: int = 0
-    picture_size: str = 'any'
-
-    def __post_init__(self):
-        for name in ('max_age_s', 'max_skew_s', 'future_s'):
-            value = getattr(self, name)
-            if not 0 < value < 3600:
-                raise ValueError(f'{name} must be above 0 and below 3600, got {value}')
-        if not 0 <= self.min_rate_hz <= 1000:
-            raise ValueError(f'min_rate_hz must be 0 to 1000, got {self.min_rate_hz}')
-        if self.frozen_pictures < 0 or self.frozen_pictures == 1:
-            raise ValueError(f'frozen_pictures must be 0 or at least 2, '
-                             f'got {self.frozen_pictures}')
-        if self.picture_size not in PICTURE_SIZES:
-            raise ValueError(f'picture_size must be one of {PICTURE_SIZES}, '
-                             f'got {self.picture_size!r}')
-
-
-class _Stream:
-    """The newest messages of one topic, by stamp, and what is wrong with it, if anything.
-
-    same: how many of the newest pictures are identical.
-    """
-
-    def __init__(self, size: int):
-        self.items: deque[tuple[int, object]] = deque(maxlen=size)
-        self.clear()
-
-    def clear(self) -> None:
-        self.items.clear()
-        self.fault: BadInput | None = None
-        self.arrived_ns = 0
-        self.same = 1
-        self._data = None
-
-    def add(self, stamp_ns: int, item: object, *, now_ns: int, future_ns: int) -> None:
-        if stamp_ns > now_ns + future_ns:
-            raise BadInput(FUTURE, f'stamp is {(stamp_ns - now_ns) / NANOSECONDS:.3f} s in the '
-                                   f'future')
-        if self.items and stamp_ns <= self.items[-1][0]:
-            back_s = (self.items[-1][0] - stamp_ns) / NANOSECONDS
-            raise BadInput(ORDER, f'stamp goes backward by {back_s:.3f} s' if back_s
-                           else 'stamp repeats')
-        self.items.append((stamp_ns, item))
-        self.arrived_ns = now_ns
-        self.fault = None
-
-    def note_data(self, data) -> None:
-        """Count the pictures that are byte for byte that before."""
-        data = np.frombuffer(data, np.uint8)
-        before, self._data = self._data, data
-        equal = (before is not None and before.size == data.size
-                 and np.array_equal(before[:_FIRST_BYTES], data[:_FIRST_BYTES])
-                 and np.array_equal(before, data))
-        self.same = self.same + 1 if equal else 1
-
-    def nearest(self, stamp_ns: int) -> tuple[int, object]:
-        return min(self.items, key=lambda entry: abs(entry[0] - stamp_ns))
-
-    def rate_hz(self) -> float:
-        """Return messages per second of those that are kept; inf for fewer than half of them."""
-        if 2 * len(self.items) < self.items.maxlen:
-            return np.inf
-        return (len(self.items) - 1) * NANOSECONDS / (self.items[-1][0] - self.items[0][0])
 
 
 class Ingest:
@@ -147,8 +39,8 @@ class Ingest:
         self._limits = limits or IngestLimits()
         self._default_instruction = (clean_instruction(default_instruction)
                                      if default_instruction else '')
-        self._cameras = {name: _Stream(CAMERA_BUFFER) for name in robot.camera_names}
-        self._state = _Stream(STATE_BUFFER) if robot.state_names else None
+        self._cameras = {name: Stream(CAMERA_BUFFER) for name in robot.camera_names}
+        self._state = Stream(STATE_BUFFER) if robot.state_names else None
         self._instruction: str | None = None
         self._instruction_fault: str | None = None
         self._now_ns: int | None = None
@@ -188,14 +80,14 @@ class Ingest:
 
     def add_serialized(self, camera: str, data: bytes, type_name: str, *, now_ns: int) -> None:
         """Take a serialised picture of either type, as a raw subscription gives it."""
-        with _noting_fault(self._cameras[camera]):
+        with noting_fault(self._cameras[camera]):
             message = deserialize(data, type_name)
         add = self.add_image if type_name == IMAGE else self.add_compressed_image
         add(camera, message, now_ns=now_ns)
 
     def _add(self, camera: str, message, now_ns: int, check: Callable, decode: Callable) -> None:
         stream = self._cameras[camera]
-        with _noting_fault(stream):
+        with noting_fault(stream):
             check(message)
             stream.add(from_messages.time_ns(message.header.stamp), (message, decode),
                        now_ns=now_ns, future_ns=self._future_ns())
@@ -209,7 +101,7 @@ class Ingest:
         """Take a sensor_msgs/JointState; ValueError names the joint that is missing or bad."""
         if self._state is None:
             return
-        with _noting_fault(self._state):
+        with noting_fault(self._state):
             positions = from_messages.joint_positions(message, self._robot.state_names)
             self._state.add(from_messages.time_ns(message.header.stamp), positions,
                             now_ns=now_ns, future_ns=self._future_ns())
@@ -218,7 +110,7 @@ class Ingest:
         """Take a serialised sensor_msgs/JointState, as a raw subscription gives it."""
         if self._state is None:
             return
-        with _noting_fault(self._state):
+        with noting_fault(self._state):
             if len(data) > MAX_STATE_BYTES:
                 raise ValueError(f'joint state has {len(data)} bytes, at most {MAX_STATE_BYTES} '
                                  f'are read')
@@ -248,11 +140,6 @@ class Ingest:
             raise
         self._instruction_fault = None
         return self._instruction
-
-    @property
-    def instruction(self) -> str | None:
-        """Return what was told last, None if nothing good was."""
-        return None if self._instruction_fault else self._instruction
 
     def newest_state(self) -> np.ndarray | None:
         """Return the newest joint positions (P,), None if there are none."""
@@ -293,7 +180,7 @@ class Ingest:
         return Observation(stamp_ns=stamp_ns, images=self._decode(chosen),
                            instruction=instruction, state=state)
 
-    def _streams(self) -> dict[str, _Stream]:
+    def _streams(self) -> dict[str, Stream]:
         cameras = {f'camera/{name}': stream for name, stream in self._cameras.items()}
         return cameras if self._state is None else {**cameras, 'joint_states': self._state}
 
@@ -360,19 +247,3 @@ class Ingest:
                 or rule == 'aspect' and abs(ratio - 1) > ASPECT_TOLERANCE):
             raise BadInput(SIZE, f'picture is {width}x{height}, the checkpoint was trained on '
                                  f'{camera.width}x{camera.height} (picture_size: {rule})')
-
-
-class _noting_fault:
-    """Record a ValueError as the stream's fault and let it pass on."""
-
-    def __init__(self, stream: _Stream):
-        self._stream = stream
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, ValueError):
-            self._stream.fault = error if isinstance(error, BadInput) else BadInput(
-                MALFORMED, str(error))
-        return False

@@ -19,7 +19,7 @@ from meanflow_ros.core.timeline import Mode, Prefix, StopAlongPath, Timeline
 from meanflow_ros.ros.motion_config import HOLD, NEUTRAL, MotionConfig, measured_names
 
 NANOSECONDS = 1_000_000_000
-NO_CHUNK = 'no chunk'
+NO_CHUNK, NO_SUBSCRIBER = 'no chunk', 'no subscriber'
 REST_S = 1.0         # a stream goes on this long after the robot has come to rest
 _SUBSCRIBERS_S = 0.1
 _STANDING_PERIODS = 6   # without a command, after which a robot stands: then a stream may begin
@@ -30,7 +30,7 @@ class Motion:
 
     stopped: why the robot is stopping or stopped, None while it follows chunks or before the
     first one. stops: how often, by reason. last_command: (A,) of a stream, None before the first;
-    where nothing is measured a new stream begins there.
+    where nothing is measured a new stream begins there. unheard: topics that nobody subscribes to.
     """
 
     def __init__(self, robot: RobotSpec, config: MotionConfig, guard: Guard, mode: Mode,
@@ -42,6 +42,7 @@ class Motion:
         self.stopped: str | None = None
         self.stops: Counter[str] = Counter()
         self.last_command: np.ndarray | None = None
+        self.unheard: list[str] = []
         self._measured = {name: robot.action_space.dimensions.index(name)
                           for name in measured_names(robot)}
         self._felt = np.full(robot.action_space.size, np.nan)
@@ -52,7 +53,6 @@ class Motion:
         self._silenced_ns: int | None = None
         self._rest_ns: int | None = None
         self._looked_ns = 0
-        self._heard = True
 
     @property
     def moving(self) -> bool:
@@ -73,13 +73,17 @@ class Motion:
                state: np.ndarray | None = None, prefix: Prefix | None = None) -> SafeChunk | None:
         """Guard a chunk, follow it from now on and send it; None if the timeline discards it.
 
-        Rejected says why the guard refuses it. state: (P,) of the observation.
+        It is not followed where a controller is missing. Rejected says why the guard refuses it.
+        state: (P,) of the observation.
         """
         if self._is_coming_to_rest(now_ns):
             self.timeline.discarded['silenced'] += 1
             return None
         start = None if not self._measured else self._start_of(chunk)
         safe = self.guard.check(chunk, now_ns=now_ns, state=state, start=start)
+        if not self._somebody_listens(now_ns):
+            self._stop_for(NO_SUBSCRIBER, now_ns)
+            return safe
         if not self.timeline.add(safe.timed, now_ns=now_ns, epoch=epoch, prefix=prefix):
             return None
         if self.streams and not self._streaming:
@@ -98,7 +102,7 @@ class Motion:
             if late_s > self.config.deadline_s:
                 self._stop_for(NO_CHUNK, now_ns)
             elif not self._somebody_listens(now_ns):
-                self._stop_for('no subscriber', now_ns)
+                self._stop_for(NO_SUBSCRIBER, now_ns)
             else:
                 due = self.timeline.at(now_ns)
         if self._streaming:
@@ -110,9 +114,10 @@ class Motion:
         self.timeline.begin_epoch(reason)
 
     def _stop_for(self, reason: str, now_ns: int) -> None:
-        self.stops[reason] += 1
-        self.stopped = reason
-        followed, self._accepted_ns = self._accepted_ns is not None, None
+        followed = self.moving
+        if followed or self.stopped != reason:
+            self.stops[reason] += 1
+        self.stopped, self._accepted_ns = reason, None
         if not followed:
             return
         path = self.timeline.plan(now_ns)
@@ -164,12 +169,12 @@ class Motion:
 
     def _somebody_listens(self, now_ns: int) -> bool:
         if self.config.require_subscribers and (
-                now_ns - self._looked_ns >= _SUBSCRIBERS_S * NANOSECONDS
+                self.unheard or now_ns - self._looked_ns >= _SUBSCRIBERS_S * NANOSECONDS
                 or now_ns < self._looked_ns):
             self._looked_ns = now_ns
-            self._heard = all(output.publisher.get_subscription_count() > 0
-                              for output in self.outputs)
-        return self._heard
+            self.unheard = [output.config.topic for output in self.outputs
+                            if not output.publisher.get_subscription_count()]
+        return not self.unheard
 
     def _send(self, due: np.ndarray | None, now_ns: int) -> None:
         target = due if self._stop is None else self._stop(now_ns)

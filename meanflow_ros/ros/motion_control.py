@@ -24,7 +24,7 @@ from meanflow_ros.core.timeline import Mode, Prefix, RealTime
 from meanflow_ros.core.urdf import MAX_BYTES, limits_from_urdf
 from meanflow_ros.ros import to_messages
 from meanflow_ros.ros.bag import deserialize_text
-from meanflow_ros.ros.motion import NO_CHUNK, Motion
+from meanflow_ros.ros.motion import NO_CHUNK, NO_SUBSCRIBER, Motion
 from meanflow_ros.ros.motion_config import MotionConfig, measured_names, read_mode, read_motion
 from meanflow_ros.ros.outputs import Output, make_output
 from meanflow_ros.ros.parameters import PolicyParameters
@@ -44,7 +44,7 @@ class MotionControl:
                  why_no_chunk: Callable[[], str | None]):
         self._node, self._lock, self._now_ns = node, lock, now_ns
         self._why_no_chunk = why_no_chunk
-        self._moved = False                  # what the log was told last
+        self._moved, self._told = False, ''  # what the log knows
         self.motion: Motion | None = None
         self.estopped, self.enabled = False, True
         self.failure: str | None = None      # of the control loop or the robot description
@@ -216,20 +216,24 @@ class MotionControl:
 
     def _tell(self) -> None:
         """Say on the log when the robot stops, and why, and when it moves again."""
-        moves = self.motion.moving
-        if self._outputs and moves != self._moved:
-            if moves:
+        moves, stopped = self.motion.moving, self.motion.stopped
+        if self._outputs:
+            if moves and not self._moved:
                 self._node.get_logger().info('the robot follows chunks')
-            else:
+            elif not moves and self._moved:
                 self._node.get_logger().warning(
                     f'the robot stops ({self.motion.config.safe_action}): {self._stopped()}')
-        self._moved = moves
+            elif stopped == NO_SUBSCRIBER != self._told:
+                self._node.get_logger().warning(f'the robot does not move: {self._stopped()}')
+        self._moved, self._told = moves, stopped
 
     def _stopped(self) -> str | None:
         """Return why the robot does not follow chunks."""
         stopped = self.motion.stopped
-        why = self._why_no_chunk() if stopped == NO_CHUNK else None
-        return f'{stopped}: {why}' if why else stopped
+        why = {NO_CHUNK: self._why_no_chunk,
+               NO_SUBSCRIBER: lambda: ', '.join(self.motion.unheard)}.get(stopped)
+        details = why and why()
+        return f'{stopped}: {details}' if details else stopped
 
     def _watch_clock(self, now_ns: int) -> None:
         """Stop when ROS time stands (a simulator pauses, a clock dies): no deadline would pass."""

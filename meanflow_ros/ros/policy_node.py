@@ -36,10 +36,10 @@ from meanflow_ros.core.timeline import Prefix
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
-from meanflow_ros.ros.ingest import (
-    CLOCK, COMPRESSED_IMAGE, IMAGE, Ingest, IngestLimits, NoObservation)
+from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest
 from meanflow_ros.ros.motion_control import MotionControl
 from meanflow_ros.ros.status import Status
+from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
 
 WARM_UP_RUNS = 5
 POLL_S = 0.1

@@ -17,7 +17,8 @@ import numpy as np
 from meanflow_ros.core.contract import NANOSECONDS, Observation, RobotSpec
 from meanflow_ros.ros.bag import absolute_topic, read_messages, topic_types
 from meanflow_ros.ros.from_messages import action_reader, scalar_action, time_ns
-from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest, NoObservation
+from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest
+from meanflow_ros.ros.streams import NoObservation
 from meanflow_ros.training.data_config import DataConfig
 from meanflow_ros.training.episode import (
     ActionStream, Episode, Skipped, make_relative, pair, resize_picture)
