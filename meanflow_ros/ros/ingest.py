@@ -117,6 +117,11 @@ class Ingest:
             message = deserialize(data, 'sensor_msgs/msg/JointState')
         self.add_joint_state(message, now_ns=now_ns)
 
+    @property
+    def instruction(self) -> str | None:
+        """Return what was told last, None if nothing good was."""
+        return None if self._instruction_fault else self._instruction
+
     def set_serialized_instruction(self, data: bytes) -> str:
         """Take a serialised std_msgs/String as the instruction, see `set_instruction`."""
         try:
