@@ -137,18 +137,32 @@ class Guard:
             target = None
         passed_s = (now_ns - self._commanded_ns) / 1e9 if self._commanded_ns else period_s
         if passed_s > _GAP_PERIODS * period_s:
-            self._limiter.stand(self._limiter.position)
+            self._limiter.stand(np.clip(self._robot.action_space.at_rest(self._limiter.position),
+                                        self._box.lower, self._box.upper))
         if passed_s > 0:
             self._limiter.step(target, min(passed_s, period_s))
             self._commanded_ns = now_ns
         return SafeCommand(values=self._limiter.position, stamp_ns=now_ns,
                            space=self._robot.action_space, seal=_GUARD_SEAL)
 
-    def check_plan(self, plan: TimedActions) -> SafeChunk:
-        """Return steps that come from chunks which have passed, as one that may be sent.
+    def last_command(self, *, now_ns: int, period_s: float) -> SafeCommand:
+        """Return a command after which none needs to come: rates are 0 at once.
+
+        A controller that holds the last rate would go on for ever. Positions move on as far as a
+        stop within their limits goes in one period.
+        """
+        stop = self.command(None, now_ns=now_ns, period_s=period_s)
+        return SafeCommand(values=self._robot.action_space.at_rest(stop.values), stamp_ns=now_ns,
+                           space=self._robot.action_space, seal=_GUARD_SEAL)
+
+    def check_plan(self, plan: TimedActions,
+                   start: tuple[int, np.ndarray, np.ndarray] | None = None) -> SafeChunk:
+        """Seal what a timeline made of checked chunks, for an output that takes it whole.
 
         Where chunks meet, the change may be beyond a limit: it is tracked within the limits, from
-        the first step on. Only numbers inside the position limits pass; Rejected otherwise.
+        the first step on. start: the time (ns), position and velocity (A,), NaN where nothing is
+        known, that the robot has before the first step: the way from there keeps the limits too.
+        Only numbers inside the position limits pass; Rejected otherwise.
         """
         names = self._robot.action_space.dimensions
         slack = LIMIT_TOLERANCE * (self._box.upper - self._box.lower)
@@ -157,11 +171,31 @@ class Guard:
         if not inside.all():
             self.interventions['position'] += 1
             raise Rejected('position', f'{names[int(np.argmin(inside))]!r} leaves its limits')
-        excess = _excess(plan, self.limits)
-        if any((excess[kind] > 1 + LIMIT_TOLERANCE).any() for kind in RATES):
+        whole, velocity = plan, np.zeros(len(names))
+        if start is not None:
+            position = np.where(np.isnan(start[1]), plan.actions[0], start[1])
+            velocity = np.nan_to_num(start[2])
+            whole = TimedActions(stamp_ns=plan.stamp_ns, due_ns=[start[0], *plan.due_ns],
+                                 actions=np.vstack([position, plan.actions]))
+        excess = _excess(whole, self.limits)
+        if any((excess[kind] > 1 + LIMIT_TOLERANCE).any() for kind in RATES) \
+                or not self._continues(whole, velocity, start):
             self.interventions['seam clamped'] += 1
-            plan = self._tracked(plan, np.clip(plan.actions[0], self._box.lower, self._box.upper))
-        return self._sealed(plan)
+            whole = self._tracked(whole, np.clip(whole.actions[0], self._box.lower,
+                                                 self._box.upper), velocity)
+        if start is not None:
+            whole = TimedActions(stamp_ns=plan.stamp_ns, due_ns=whole.due_ns[1:],
+                                 actions=whole.actions[1:])
+        return self._sealed(whole)
+
+    def _continues(self, whole: TimedActions, velocity: np.ndarray, start) -> bool:
+        """Whether the first gap of a plan begins with this velocity, but for the acceleration."""
+        if start is None:
+            return True
+        gap_s = (whole.due_ns[1] - whole.due_ns[0]) / 1e9
+        change = np.abs((whole.actions[1] - whole.actions[0]) / gap_s - velocity)
+        return bool((2 * change <= self.limits.acceleration * gap_s * (1 + LIMIT_TOLERANCE)
+                     + 1e-9).all())
 
     @property
     def commanded(self) -> np.ndarray:
@@ -173,16 +207,25 @@ class Guard:
 
         Rejected if that is no number, or outside the limits by more than a hundredth of the range.
         """
+        try:
+            self._limiter = Limiter(self._box, self._inside(position))
+        except Rejected as error:
+            self.interventions[error.kind] += 1
+            raise
+        self._commanded_ns = 0
+
+    def _inside(self, position: np.ndarray) -> np.ndarray:
+        """Return where the robot stands (A,), within the limits but for a hundredth of the range.
+
+        Rejected otherwise.
+        """
         room = 0.01 * (self._box.upper - self._box.lower)
         outside = ~((position >= self._box.lower - room) & (position <= self._box.upper + room))
         if outside.any():
             name = self._box.names[int(np.argmax(outside))]
-            self.interventions['first_step'] += 1
             raise Rejected('first_step', f'{name!r} is at {position[np.argmax(outside)]:.6g}, '
                                          f'outside its limits: move the robot inside them first')
-        position = np.clip(position, self._box.lower, self._box.upper)
-        self._limiter = Limiter(self._box, position)
-        self._commanded_ns = 0
+        return np.clip(position, self._box.lower, self._box.upper)
 
     def _sealed(self, timed: TimedActions) -> SafeChunk:
         return SafeChunk(timed=timed, space=self._robot.action_space, seal=_GUARD_SEAL)
@@ -243,7 +286,7 @@ class Guard:
                                                  f'{start[worst]:.6g}, at most '
                                                  f'{tolerance[worst]:g} apart is allowed')
                 self.interventions['first_step clamped'] += 1
-                timed = self._tracked(timed, np.clip(start, self._box.lower, self._box.upper))
+                timed = self._tracked(timed, self._inside(start))
         excess = _excess(timed, self.limits)
         for kind in RATES:
             worst = int(np.argmax(excess[kind]))
@@ -264,9 +307,15 @@ class Guard:
     def _remedy(self, kind: str) -> str:
         return self._settings.remedies.get(kind, REJECT)
 
-    def _tracked(self, timed: TimedActions, start: np.ndarray) -> TimedActions:
-        """Return what a robot does that follows the steps from `start`, at rest, within limits."""
+    def _tracked(self, timed: TimedActions, start: np.ndarray,
+                 velocity: np.ndarray | None = None) -> TimedActions:
+        """Return what a robot does that follows the steps from `start` within limits.
+
+        velocity: (A,) that it has there, 0 by default.
+        """
         limiter = Limiter(self._box, start)
+        if velocity is not None:
+            limiter.move(start, velocity)
         actions = [start, *(limiter.step(action, gap_ns / 1e9) for action, gap_ns
                             in zip(timed.actions[1:], np.diff(timed.due_ns)))]
         return TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns,

@@ -38,9 +38,15 @@ class Limiter:
 
     def stand(self, position: np.ndarray) -> None:
         """Stand still at `position` (A,), which must lie within the limits."""
+        self.move(position, np.zeros(len(position)))
+
+    def move(self, position: np.ndarray, velocity: np.ndarray) -> None:
+        """Pass `position` (A,), within the limits, with `velocity` if that can be stopped."""
         assert ((position >= self._limits.lower) & (position <= self._limits.upper)).all()
-        self._state = (np.array(position, np.float64), np.zeros(len(position)),
-                       np.zeros(len(position)))
+        velocity = np.clip(velocity, -self._velocity, self._velocity)
+        state = np.array(position, np.float64), velocity, np.zeros(len(position))
+        state[1][~self._can_stop(state) | self._free] = 0.0
+        self._state = state
         self._last_target: np.ndarray | None = None
 
     @property
@@ -97,8 +103,10 @@ class Limiter:
     def _can_stop(self, state) -> np.ndarray:
         """Return (A,) bool: which dimensions can stop inside their position limits."""
         found = np.isfinite(state[0])
-        extrema = self._stop([np.where(found, values, 0.0) for values in state]).position_extrema
-        lowest, highest = (np.array([getattr(each, end) for each in extrema])
+        position, *motion = (np.where(found, values, 0.0) for values in state)
+        # Ruckig counts 0 among the extrema of a stop, wherever it is: the stop begins at 0.
+        extrema = self._stop([np.zeros(len(position)), *motion]).position_extrema
+        lowest, highest = (position + np.array([getattr(each, end) for each in extrema])
                            for end in ('min', 'max'))
         return (found & (lowest >= self._limits.lower - self._slack)
                 & (highest <= self._limits.upper + self._slack))
