@@ -395,17 +395,17 @@ def test_a_joint_that_is_not_where_it_was_sent_stops_the_robot_until_it_stays_th
                     **{'/joint_trajectory_controller/joint_trajectory': arm})
     driven.motion.feel(np.zeros(7))
     driven.chunk(steady(np.zeros(8)))
-    moved = np.array([0.0, 0.0, 0.0, 0.31, 0.0, 0.0, 0.0])
+    moved = np.array([0.0, 0.0, 0.0, 0.61, 0.0, 0.0, 0.0])
     driven.motion.feel(moved)
     goal = steady(np.append(moved, 0.0))
     for _ in range(19):
-        with pytest.raises(Rejected, match="'panda_joint4' is 0.31 away from where it was sent"):
+        with pytest.raises(Rejected, match="'panda_joint4' is 0.61 away from where it was sent"):
             driven.chunk(goal)
         driven.run(0.1)
     assert driven.motion.stopped == 'no chunk'
     driven.run(0.3)
     driven.chunk(goal)
-    assert driven.wire.sent[-1][2].points[0].positions[3] == pytest.approx(0.31)
+    assert driven.wire.sent[-1][2].points[0].positions[3] == pytest.approx(0.61)
 
 
 def test_after_silence_a_stream_waits_until_the_robot_stands_and_goes_on_from_there():

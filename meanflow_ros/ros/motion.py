@@ -23,6 +23,7 @@ NO_CHUNK, NO_SUBSCRIBER = 'no chunk', 'no subscriber'
 REST_S = 1.0         # a stream goes on this long after the robot has come to rest
 _SUBSCRIBERS_S = 0.1
 _ASTRAY = 0.05          # share of its range by which a joint may lag, without first_step
+_LAG_S = 0.2            # by which a joint and its state follow late, at its largest velocity
 _ASTRAY_S = 2.0         # so long it must stay there before it begins anew from there
 _STANDING_PERIODS = 6   # without a command, after which a robot stands: then a stream may begin
 
@@ -182,8 +183,8 @@ class Motion:
             if told is None:
                 continue
             away = np.abs(self._felt[output.columns] - told[0])
-            worst = int(np.argmax(np.nan_to_num(away / self._astray[output.columns])))
-            if not away[worst] > self._astray[output.columns][worst]:
+            worst = int(np.argmax(np.nan_to_num(away / self._tolerance(output))))
+            if not away[worst] > self._tolerance(output)[worst]:
                 continue
             if self._astray_ns is None or now_ns < self._astray_ns:
                 self._astray_ns = now_ns
@@ -193,6 +194,11 @@ class Motion:
                                          f'{away[worst]:.4g} away from where it was sent')
             return
         self._astray_ns = None
+
+    def _tolerance(self, output) -> np.ndarray:
+        """Return how far (D,) a joint may be from its set-point: it and its state lag behind."""
+        columns = output.columns
+        return self._astray[columns] + _LAG_S * self.guard.limits.velocity[columns]
 
     def _stays_astray(self, now_ns: int) -> bool:
         return (self._astray_ns is not None
@@ -209,7 +215,7 @@ class Motion:
         if told is None and np.isnan(felt).any():
             return None
         position, velocity = (felt, np.zeros(len(felt))) if told is None else told
-        astray = (np.abs(felt - position) > self._astray[columns]) & self._stays_astray(now_ns)
+        astray = (np.abs(felt - position) > self._tolerance(output)) & self._stays_astray(now_ns)
         position = np.clip(np.where(astray, felt, position),
                            limits.lower[columns], limits.upper[columns])
         return position, np.where(astray, 0.0, velocity)
