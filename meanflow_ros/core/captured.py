@@ -167,8 +167,8 @@ class CudaGraphs:
     @torch.inference_mode()
     def capture(self, request: Request) -> Callable[[Request], np.ndarray]:
         """Return what computes requests of this one's shape; RuntimeError says why it cannot."""
-        act = StaticAct(self._network, request, pinned=self._pinned)
         with torch.cuda.stream(self._warm):
+            act = StaticAct(self._network, request, pinned=self._pinned)
             act.load(request)
             for _ in range(WARM_UP_RUNS):
                 act.run()

@@ -24,22 +24,20 @@ class CompiledParts:
     """The blocks of a network, compiled in place; as they were again if that fails.
 
     cache: directory that keeps what was compiled from start to start; where the environment names
-    one (TORCHINDUCTOR_CACHE_DIR) that is used. autotune: measure kernels against each other, which
-    takes minutes.
+    one (TORCHINDUCTOR_CACHE_DIR) that is used. backend: of torch.compile.
     """
 
-    def __init__(self, network: nn.Module, cache: Path | None, *, autotune: bool = False,
+    def __init__(self, network: nn.Module, cache: Path | None, *,
                  backend: str | Callable = 'inductor'):
         self.problem = ''
         if cache is not None:
             os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache))
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, KINDS_AND_SHAPES)
-        mode = {'mode': 'max-autotune-no-cudagraphs'} if autotune else {}
         self._parts = [(parent, name, child) for parent in network.modules()
                        for name, child in parent.named_children() if isinstance(child, PARTS)]
         for parent, name, child in self._parts:
-            setattr(parent, name, torch.compile(child, backend=backend, dynamic=False, **mode))
+            setattr(parent, name, torch.compile(child, backend=backend, dynamic=False))
 
     def try_out(self, run: Callable[[], object]) -> None:
         """Run the network; if that raises, take the compiled blocks out and keep the reason."""

@@ -55,7 +55,8 @@ class FusedSelfAttention(nn.Module):
         self.heads = source.heads
         self.qkv = place.linear(source.qkv.weight)
         self.proj = place.linear(source.proj.weight)
-        scales = torch.stack([place.exact(source.q_norm.weight), place.exact(source.k_norm.weight)])
+        scales = torch.stack([place.exact(norm.weight)
+                              for norm in (source.q_norm, source.k_norm)])
         cos, sin = rotary_tables(horizon, scales.shape[1], source.theta, scales)
         swapped = scales.unflatten(1, (2, -1)).flip(1).flatten(1)
         cos, sin = torch.cat([cos, cos], 1)[:, None], torch.cat([-sin, sin], 1)[:, None]

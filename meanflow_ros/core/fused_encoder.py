@@ -366,7 +366,8 @@ class PromptEmbedding:
         self._table, self._norm = bart.embed_tokens, bart.layernorm_embedding
         self._learned = encoder.prompt_embed.detach()
         self._positions = bart.embed_positions.weight.detach()[bart.embed_positions.offset:]
-        self.longest = visual_tokens + 1 + self._limit             # sequence, in tokens
+        self.shortest = visual_tokens + 1                          # sequence, in tokens
+        self.longest = self.shortest + self._limit
         self.positions = len(self._positions)
 
     @torch.no_grad()

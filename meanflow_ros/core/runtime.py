@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +30,7 @@ from meanflow_ros.core.fused_encoder import Placement
 from meanflow_ros.core.policy import Policy, PolicyNetwork
 
 PROMPTS_KEPT, SCHEDULES_KEPT = 64, 16
-ALIGNMENT = 16   # tokens; attention and matrix products of a GPU want whole tiles
+BUCKET = 64   # tokens; a GPU's matrix products work in tiles of such sizes
 Value = TypeVar('Value')
 
 
@@ -40,16 +39,16 @@ class RuntimeOptions:
     """How a policy is run.
 
     dtype: of weights and activations; the policy's own by default. graphs: capture CUDA graphs.
-    compile: compile the network's blocks; autotune: and measure kernels against each other.
-    compile_cache: directory of what was compiled. lengths: of the sequence of visual tokens and prompt, ascending, which prompts are padded to; one
-    length for all prompts by default on a GPU, none on a CPU. threads: of a CPU; 0 takes PyTorch's
-    own choice, but never more than this process may use.
+    compile: compile the network's blocks, by torch.compile's `backend`. compile_cache: directory
+    of what was compiled. lengths: of the sequence of visual tokens and prompt, ascending, which
+    prompts are padded to; multiples of 64 by default on a GPU, none on a CPU. threads: of a CPU;
+    0 takes PyTorch's own choice, but never more than this process may use.
     """
 
     dtype: torch.dtype | None = None
     graphs: bool = True
     compile: bool = False
-    autotune: bool = False
+    backend: str | Callable = 'inductor'
     compile_cache: Path | None = None
     lengths: tuple[int, ...] | None = None
     threads: int = 0
@@ -73,20 +72,22 @@ class FastPolicy(Policy):
         if device.type == 'cpu':
             torch.set_num_threads(options.threads or min(torch.get_num_threads(), usable_cores()))
         self._place = Placement(device, self.dtype)
-        self._fused = FusedNetwork(policy, self._place, shifts=options.compile)
-        self._fused.eval().requires_grad_(False)
+        self.fused = FusedNetwork(policy, self._place, shifts=options.compile)
+        self.fused.eval().requires_grad_(False)
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)   # what is folded is used on other streams
         self._lengths = self._default_lengths() if options.lengths is None else options.lengths
         self._prompts: Recent[Prompt] = Recent(PROMPTS_KEPT)
         self._schedules: Recent[Schedule] = Recent(SCHEDULES_KEPT)
         self._device_lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
-        self._compiled = CompiledParts(self._fused, options.compile_cache,
-                                       autotune=options.autotune) if options.compile else None
+        self._compiled = CompiledParts(self.fused, options.compile_cache,
+                                       backend=options.backend) if options.compile else None
         self._graphs, self._why_eager = None, f'there are no CUDA graphs on {device.type}'
         if device.type == 'cuda':
             self._why_eager = 'graphs were not asked for'
         if device.type == 'cuda' and options.graphs:
-            self._graphs = GraphCache(lambda: CudaGraphs(self._fused, self._device_lock).capture)
+            self._graphs = GraphCache(lambda: CudaGraphs(self.fused, self._device_lock).capture)
 
     @classmethod
     def load(cls, directory: Path | str, *, device: str | torch.device = 'cpu',
@@ -127,22 +128,27 @@ class FastPolicy(Policy):
         One observation at a time is computed by a CUDA graph, more are not.
         """
         with self._on_device():
-            request = self._request(observations, steps or self.config.sampler_steps, seeds, noise)
+            request = self.request(observations, steps or self.config.sampler_steps, seeds, noise)
             actions = (self._graph_of(request) or self._eager)(request)
         return [self.chunk(row, observation) for row, observation in zip(actions, observations)]
 
     def warm_up(self, observation: Observation, steps: Sequence[int] = ()) -> str:
         """Compile, and capture the graphs of these NFEs for pictures like the observation's.
 
-        steps: the checkpoint's own by default. Returns '' or why chunks will be eager.
+        All lengths that a prompt can be padded to are made ready. steps: the checkpoint's own by
+        default. Returns '' or why chunks will be eager.
         """
         for some in steps or (self.config.sampler_steps,):
-            with torch.inference_mode(), self._on_device():
-                request = self._request([observation], some, [0], None)
-                if self._compiled:
-                    self._compiled.try_out(lambda: self._eager(request))
-            if self._graphs:
-                self._graphs.wait(request)
+            for index in range(max(1, len(self._lengths))):
+                with torch.inference_mode(), self._on_device():
+                    prompt = self._embedded([clean_instruction(observation.instruction)],
+                                            self._lengths[index:])
+                    request = dataclasses.replace(
+                        self.request([observation], some, [0], None), prompt=prompt)
+                    if self._compiled:
+                        self._compiled.try_out(lambda: self._eager(request))
+                if self._graphs:
+                    self._graphs.wait(request)
             self.act(observation, steps=some)
         return self._why_eager
 
@@ -166,15 +172,15 @@ class FastPolicy(Policy):
         pictures = [np.empty(shape, np.uint8)
                     for shape in picture_shapes(len(request.images), request.sizes)]
         lay_out(pictures, request.images)
-        actions = self._fused(
+        actions = self.fused(
             [torch.from_numpy(group).to(device) for group in pictures],
             request.prompt.embedded, request.prompt.bias,
             torch.from_numpy(request.state).to(device) if request.state.size else None,
             request.noise.to(device), request.schedule, request.steps)
         return actions.double().cpu().numpy()
 
-    def _request(self, observations: Sequence[Observation], steps: int, seeds: Sequence[int],
-                 noise: Tensor | None) -> Request:
+    def request(self, observations: Sequence[Observation], steps: int, seeds: Sequence[int],
+                noise: Tensor | None) -> Request:
         """Return what the network takes; ValueError as `act` says."""
         names = self.robot.camera_names
         for name in names:
@@ -187,7 +193,7 @@ class FastPolicy(Policy):
             images=[[observation.images[name] for name in names] for observation in observations],
             state=self._states(observations), noise=noise.float().cpu(), steps=steps,
             prompt=self._prompt(tuple(clean_instruction(o.instruction) for o in observations)),
-            schedule=self._schedules.get(steps, lambda: self._made(self._fused.schedule(steps))))
+            schedule=self._schedules.get(steps, lambda: self._made(self.fused.schedule(steps))))
 
     def _states(self, observations: Sequence[Observation]) -> np.ndarray:
         names = self.robot.state_names
@@ -201,10 +207,12 @@ class FastPolicy(Policy):
             np.stack([o.state for o in observations])).astype(np.float32)
 
     def _prompt(self, instructions: tuple[str, ...]) -> Prompt:
-        def embed() -> Prompt:
-            prompts = [self.config.prompt.format(instruction=text) for text in instructions]
-            return self._made(Prompt(*self._fused.embed_prompts(prompts, self._lengths)))
-        return self._prompts.get(instructions, embed)
+        return self._prompts.get(
+            instructions, lambda: self._embedded(instructions, self._lengths))
+
+    def _embedded(self, instructions: Sequence[str], lengths: Sequence[int]) -> Prompt:
+        prompts = [self.config.prompt.format(instruction=text) for text in instructions]
+        return self._made(Prompt(*self.fused.embed_prompts(prompts, lengths)))
 
     def _made(self, constants: Value) -> Value:
         """Return constants once they are there, for any stream."""
@@ -215,9 +223,10 @@ class FastPolicy(Policy):
     def _default_lengths(self) -> tuple[int, ...]:
         if self.device.type == 'cpu':
             return ()
-        prompts = self._fused.embed_prompts
-        longest = -(-prompts.longest // ALIGNMENT) * ALIGNMENT
-        return (min(longest, prompts.positions),)
+        prompts = self.fused.embed_prompts
+        shortest, longest = prompts.shortest // BUCKET + 1, -(-prompts.longest // BUCKET)
+        return tuple(min(count * BUCKET, prompts.positions)
+                     for count in range(shortest, longest + 1))
 
     @contextlib.contextmanager
     def _on_device(self):
