@@ -35,7 +35,8 @@ class CompiledParts:
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, KINDS_AND_SHAPES)
         self._parts = [(parent, name, child) for parent in network.modules()
-                       for name, child in parent.named_children() if isinstance(child, PARTS)]
+                       for name, child in parent.named_children() if isinstance(child, PARTS)
+                       and not getattr(child, 'kernels', False)]   # one of those is kernels only
         for parent, name, child in self._parts:
             setattr(parent, name, torch.compile(child, backend=backend, dynamic=False))
 

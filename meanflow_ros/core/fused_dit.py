@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meanflow_ros.core import kernels
 from meanflow_ros.core.dit import (
     ActionDiT, FlowBlock, SelfAttention, rotary_tables, standardize)
 from meanflow_ros.core.fused_encoder import Placement
@@ -86,9 +87,14 @@ class FusedFlowBlock(nn.Module):
         self.gate_and_value = place.linear(torch.cat([source.mlp.fc1.weight,
                                                       source.mlp.fc2.weight]))
         self.mlp_proj = place.linear(source.mlp.proj.weight)
+        self.kernels = (place.kernels and horizon <= kernels.MOST_ROWS
+                        and kernels.fits(source.self_attn.q_norm.weight.numel()))
 
     def forward(self, x: Tensor, modulation: Tensor, keys: Tensor, values: Tensor,
                 bias: Tensor | None) -> Tensor:                    # (B, T, D), (6, B, T or 1, D)
+        if (self.kernels and len(x) == 1 and modulation.shape[2] == 1
+                and keys.shape[2] <= kernels.MOST_KEYS):
+            return self._by_kernels(x[0], modulation[:, 0, 0], keys[0], values[0], bias)[None]
         shift_a, gain_a, gate_a, shift_m, gain_m, gate_m = modulation.unbind(0)
         x = x + gate_a * self.self_attn(torch.addcmul(shift_a, rms_norm(x), gain_a))
         q = rms_norm(self.query(rms_norm(x)).unflatten(-1, (self.heads, -1))).transpose(1, 2)
@@ -97,6 +103,20 @@ class FusedFlowBlock(nn.Module):
         hidden = self.gate_and_value(torch.addcmul(shift_m, rms_norm(x), gain_m))
         gate, value = hidden.chunk(2, dim=-1)
         return x + gate_m * self.mlp_proj(F.silu(gate) * value)
+
+    def _by_kernels(self, x: Tensor, modulation: Tensor, keys: Tensor, values: Tensor,
+                    bias: Tensor | None) -> Tensor:                # (T, D), (6, D)
+        shift_a, gain_a, gate_a, shift_m, gain_m, gate_m = modulation
+        own, product = self.self_attn, kernels.product
+        qkv = product(x, own.qkv.weight, norm=True, shift=shift_a, gain=gain_a)
+        attended = kernels.self_attention(qkv, own.straight, own.swapped, own.heads)
+        x = product(attended, own.proj.weight, residual=x, gate=gate_a)
+        attended = kernels.cross_attention(product(x, self.query.weight, norm=True), keys, values,
+                                           bias)
+        x = product(attended, self.cross_proj.weight, residual=x)
+        hidden = product(x, self.gate_and_value.weight, norm=True, shift=shift_m, gain=gain_m,
+                         gated=True)
+        return product(hidden, self.mlp_proj.weight, residual=x, gate=gate_m)
 
 
 class KeysAndValues(nn.Module):

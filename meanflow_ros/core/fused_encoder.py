@@ -16,15 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meanflow_ros.core import kernels
 from meanflow_ros.core.encoder import FlorenceEncoder
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the constants go: they are folded in float32 on the device, then kept as `dtype`."""
+    """Where the constants go: they are folded in float32 on the device, then kept as `dtype`.
+
+    kernels: whether core/kernels.py is used, where its limits allow it.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    kernels: bool = False
 
     def exact(self, value: Tensor) -> Tensor:
         """Return the value to compute with."""
@@ -121,9 +126,14 @@ class WindowAttention(nn.Module):
         padding = (torch.zeros_like(weight[:, 0]) if source.qkv.bias is None
                    else source.qkv.bias)
         self.register_buffer('padding', place.kept(padding).view(1, 1, -1))
+        self.kernels = (place.kernels and self.window_tokens <= kernels.MOST_KEYS
+                        and kernels.fits(source.dim // self.heads))
 
     def forward(self, x: Tensor) -> Tensor:                        # (N, H W, C)
         rows = self.qkv(x)                                         # (N, H W, 3 C)
+        if self.kernels:
+            return self.proj(kernels.window_attention(
+                rows, self.padding, self.gather, self.heads, self.window_tokens))
         if self.padded:
             rows = torch.cat([rows, self.padding.expand(len(x), -1, -1)], dim=1)
         if not self.one_window:
@@ -151,33 +161,38 @@ def window_order(grid: tuple[int, int], side: int) -> tuple[Tensor, Tensor]:
 
 
 class ChannelAttention(nn.Module):
-    """Attention among the channels of each group; x is normalised without scale and shift.
-
-    Channels stand before tokens, (N, C, H W), from the projection on, so that groups are views.
-    The softmax's factor is in the weights of q.
-    """
+    """Attention among the channels of each group; x is normalised without scale and shift."""
 
     def __init__(self, source: nn.Module, norm: nn.LayerNorm, grid: tuple[int, int],
                  place: Placement):
         super().__init__()
-        self.groups = source.groups
-        weight, bias = place.after_norm(norm, source.qkv.weight, source.qkv.bias)
-        bias = weight.new_zeros(len(weight)) if bias is None else place.exact(bias)
-        scale = torch.ones_like(bias)
-        scale[:source.dim] = (grid[0] * grid[1]) ** -0.5
-        self.register_buffer('qkv', place.kept(weight * scale[:, None]))
-        self.register_buffer('qkv_bias', place.kept(bias * scale)[:, None])
-        self.register_buffer('proj', place.kept(source.proj.weight.t()))
-        self.register_buffer('proj_bias', place.kept(source.proj.bias))
+        self.groups, self.scale = source.groups, (grid[0] * grid[1]) ** -0.5
+        self.qkv = place.linear(*place.after_norm(norm, source.qkv.weight, source.qkv.bias))
+        self.proj = place.linear(source.proj.weight, source.proj.bias)
+        self.kernels = (place.kernels and grid[0] * grid[1] <= kernels.MOST_TOKENS
+                        and kernels.fits(source.dim // self.groups))
 
     def forward(self, x: Tensor) -> Tensor:                        # (N, H W, C)
-        count = len(x)
-        qkv = torch.baddbmm(self.qkv_bias, self.qkv.expand(count, -1, -1), x.transpose(1, 2))
-        q, k, v = qkv.view(count, 3, self.groups, -1, x.shape[1]).unbind(1)
-        attention = (q @ k.transpose(-1, -2)).softmax(-1)          # (N, groups, D, D)
-        out = (attention @ v).flatten(1, 2)                        # (N, C, H W)
-        return torch.baddbmm(self.proj_bias, out.transpose(1, 2),
-                             self.proj.expand(count, -1, -1))
+        qkv = self.qkv(x)                                          # (N, H W, 3 C)
+        if self.kernels:
+            return self.proj(kernels.channel_attention(qkv, self.groups))
+        q, k, v = qkv.unflatten(-1, (3, self.groups, -1)).permute(2, 0, 3, 4, 1)
+        attention = (q @ k.transpose(-1, -2) * self.scale).softmax(-1)   # (N, groups, D, D)
+        return self.proj((attention @ v).permute(0, 3, 1, 2).flatten(2))
+
+
+class ActivatedLinear(nn.Module):
+    """A layer and the activation after it."""
+
+    def __init__(self, layer: nn.Linear, activation: nn.Module, place: Placement):
+        super().__init__()
+        self.layer, self.activation = layer, activation
+        self.kernels = place.kernels and type(activation).__name__ == 'GELUActivation'
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernels:
+            return kernels.linear_gelu(x, self.layer.weight, self.layer.bias)
+        return self.activation(self.layer(x))
 
 
 class FeedForward(nn.Module):
@@ -185,12 +200,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, source: nn.Module, norm: nn.LayerNorm, place: Placement):
         super().__init__()
-        self.fc1 = place.linear(*place.after_norm(norm, source.fc1.weight, source.fc1.bias))
+        fc1 = place.linear(*place.after_norm(norm, source.fc1.weight, source.fc1.bias))
+        self.fc1 = ActivatedLinear(fc1, source.activation_fn, place)
         self.fc2 = place.linear(source.fc2.weight, source.fc2.bias)
-        self.activation = source.activation_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 class VisionBlock(nn.Module):
@@ -324,16 +339,16 @@ class TextLayer(nn.Module):
                                 torch.cat([part.bias for part in parts]))
         self.out = place.linear(attention.out_proj.weight, attention.out_proj.bias)
         self.attention_norm = _frozen_norm(source.self_attn_layer_norm, place)
-        self.fc1 = place.linear(source.fc1.weight, source.fc1.bias)
+        self.fc1 = ActivatedLinear(place.linear(source.fc1.weight, source.fc1.bias),
+                                   source.activation_fn, place)
         self.fc2 = place.linear(source.fc2.weight, source.fc2.bias)
-        self.activation = source.activation_fn
         self.final_norm = _frozen_norm(source.final_layer_norm, place)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:   # (B, S, D), (B, 1, 1, S)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = self.attention_norm(x + self.out(out.transpose(1, 2).flatten(2)))
-        return self.final_norm(x + self.fc2(self.activation(self.fc1(x))))
+        return self.final_norm(x + self.fc2(self.fc1(x)))
 
 
 class FusedText(nn.Module):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from meanflow_ros.core import kernels
 from meanflow_ros.core.captured import (
     CudaGraphs, GraphCache, Prompt, Request, lay_out, picture_shapes)
 from meanflow_ros.core.compiled import CompiledParts, cache_beside
@@ -31,6 +32,7 @@ from meanflow_ros.core.policy import Policy, PolicyNetwork
 
 PROMPTS_KEPT, SCHEDULES_KEPT = 64, 16
 BUCKET = 64   # tokens; a GPU's matrix products work in tiles of such sizes
+KERNEL_TOLERANCE = 0.05   # of chunks with and without our kernels, bfloat16, normalised units
 Value = TypeVar('Value')
 
 
@@ -39,14 +41,16 @@ class RuntimeOptions:
     """How a policy is run.
 
     dtype: of weights and activations; the policy's own by default. graphs: capture CUDA graphs.
-    compile: compile the network's blocks, by torch.compile's `backend`. compile_cache: directory
-    of what was compiled. lengths: of the sequence of visual tokens and prompt, ascending, which
-    prompts are padded to; multiples of 64 by default on a GPU, none on a CPU. threads: of a CPU;
-    0 takes PyTorch's own choice, but never more than this process may use.
+    kernels: use those of core/kernels.py. compile: compile the network's blocks when the policy is
+    warmed up, by torch.compile's `backend`. compile_cache: directory of what was compiled. lengths:
+    of the sequence of visual tokens and prompt, ascending, which prompts are padded to; multiples
+    of 64 by default on a GPU, none on a CPU. threads: of a CPU; 0 takes PyTorch's own choice, but
+    never more than this process may use.
     """
 
     dtype: torch.dtype | None = None
     graphs: bool = True
+    kernels: bool = True
     compile: bool = False
     backend: str | Callable = 'inductor'
     compile_cache: Path | None = None
@@ -71,7 +75,9 @@ class FastPolicy(Policy):
         super().__init__(policy.config, network, dtype=options.dtype or policy.dtype)
         if device.type == 'cpu':
             torch.set_num_threads(options.threads or min(torch.get_num_threads(), usable_cores()))
-        self._place = Placement(device, self.dtype)
+        self._why_no_kernels = (kernels.why_not(device, self.dtype) if options.kernels
+                                else 'kernels were not asked for')
+        self._place = Placement(device, self.dtype, kernels=not self._why_no_kernels)
         self.fused = FusedNetwork(policy, self._place, shifts=options.compile)
         self.fused.eval().requires_grad_(False)
         if device.type == 'cuda':
@@ -81,8 +87,10 @@ class FastPolicy(Policy):
         self._schedules: Recent[Schedule] = Recent(SCHEDULES_KEPT)
         self._device_lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
-        self._compiled = CompiledParts(self.fused, options.compile_cache,
-                                       backend=options.backend) if options.compile else None
+        self._options, self._compiled = options, None
+        self._why_not_compiled = 'compilation was not asked for'
+        if options.compile:
+            self._why_not_compiled = 'the policy is not warmed up yet'
         self._graphs, self._why_eager = None, f'there are no CUDA graphs on {device.type}'
         if device.type == 'cuda':
             self._why_eager = 'graphs were not asked for'
@@ -113,7 +121,12 @@ class FastPolicy(Policy):
     @property
     def why_not_compiled(self) -> str:
         """Return why the network is not compiled; '' if it is."""
-        return self._compiled.problem if self._compiled else 'compilation was not asked for'
+        return self._why_not_compiled
+
+    @property
+    def why_no_kernels(self) -> str:
+        """Return why PyTorch's operations stand in for core/kernels.py; '' if they do not."""
+        return self._why_no_kernels
 
     def save(self, directory: Path | str, **_) -> None:
         """Raise ValueError: the weights are no longer those of a checkpoint."""
@@ -145,12 +158,44 @@ class FastPolicy(Policy):
                                             self._lengths[index:])
                     request = dataclasses.replace(
                         self.request([observation], some, [0], None), prompt=prompt)
-                    if self._compiled:
-                        self._compiled.try_out(lambda: self._eager(request))
+                    self._prepare(request)
                 if self._graphs:
                     self._graphs.wait(request)
             self.act(observation, steps=some)
         return self._why_eager
+
+    def _prepare(self, request: Request) -> None:
+        """Try the kernels, then compile; what fails is left out, and its reason is kept."""
+        if self._compiled is None:
+            if not self._why_no_kernels:
+                self._why_no_kernels = self._try_kernels(request)
+            if not self._options.compile:
+                return
+            self._compiled = CompiledParts(self.fused, self._options.compile_cache,
+                                           backend=self._options.backend)
+        self._compiled.try_out(lambda: self._eager(request))
+        self._why_not_compiled = self._compiled.problem
+
+    def _try_kernels(self, request: Request) -> str:
+        """Return '' if the kernels give what PyTorch gives, else why not, and go on without."""
+        users = [part for part in self.fused.modules() if getattr(part, 'kernels', False)]
+
+        def use(them: bool) -> None:
+            for part in users:
+                part.kernels = them
+
+        use(False)
+        expected = self._eager(request)
+        use(True)
+        try:
+            difference = np.abs(self._eager(request) - expected).max()
+            if difference <= KERNEL_TOLERANCE:
+                return ''
+            problem = f'chunks were {difference:.2g} off with the kernels'
+        except Exception as error:  # what a compiler of kernels or a driver says
+            problem = f'a kernel failed: {type(error).__name__}: {error}'
+        use(False)
+        return problem
 
     def close(self) -> None:
         """Free the graphs, and end the thread that captures them."""

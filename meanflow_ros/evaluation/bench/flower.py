@@ -102,10 +102,21 @@ class FlowerPath:
             bart = encoder.language_model['encoder']
             sequence = torch.cat([*tokens, encoder.prompt_embed.to(tokens[0].dtype),
                                   bart.embed_tokens(ids).to(tokens[0].dtype)], dim=1)
-            context = bart(inputs_embeds=sequence).last_hidden_state
+            context = _read(bart, sequence)
             for step in range(self._steps, 0, -1):
                 t = torch.full((1,), step / self._steps, device=z.device)
                 conditioning = dit.condition(context, None, state, None)
                 z = z - dit(z, t=t, h=torch.zeros_like(t),
                             conditioning=conditioning) / self._steps
         return z.clamp(-1, 1)
+
+
+def _read(bart: nn.Module, x: Tensor) -> Tensor:
+    """Run a BartEncoder without a mask; its own forward makes another one while a graph captures.
+
+    x: (1, S, D).
+    """
+    x = bart.layernorm_embedding(x + bart.embed_positions(x[:, :, -1]))
+    for layer in bart.layers:
+        x = layer(x, None)
+    return x
