@@ -66,7 +66,9 @@ class DepthwiseConvolution(nn.Module):
     def __init__(self, conv: nn.Conv2d, grid: tuple[int, int], place: Placement):
         super().__init__()
         self.grid, self.channels = grid, conv.out_channels
-        self.register_buffer('weight', place.kept(_with_identity(conv, place)))
+        weight = place.exact(conv.weight).clone()                  # (C, 1, 3, 3)
+        weight[:, 0, 1, 1] += 1
+        self.register_buffer('weight', place.kept(weight))
         self.register_buffer('bias', place.kept(conv.bias))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,23 +86,18 @@ class DepthwiseShifts(nn.Module):
     def __init__(self, conv: nn.Conv2d, grid: tuple[int, int], place: Placement):
         super().__init__()
         self.grid = grid
-        self.register_buffer('weight', _with_identity(conv, place).flatten(1).t().contiguous())
-        self.register_buffer('bias', place.exact(conv.bias))
+        self.register_buffer('weight', place.kept(conv.weight.flatten(1).t()))   # (9, C)
+        self.register_buffer('bias', place.kept(conv.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = self.grid
-        grid = F.pad(x.unflatten(1, self.grid), (0, 0, 1, 1, 1, 1)).float()
-        out = self.bias
+        grid = F.pad(x.unflatten(1, self.grid), (0, 0, 1, 1, 1, 1))
+        out = self.bias.float() + grid[:, 1:-1, 1:-1].float()
         for tap in range(9):
             row, column = divmod(tap, 3)
-            out = out + grid[:, row:row + height, column:column + width] * self.weight[tap]
+            shifted = grid[:, row:row + height, column:column + width]
+            out = out + shifted.float() * self.weight[tap].float()
         return out.to(x.dtype).flatten(1, 2)
-
-
-def _with_identity(conv: nn.Conv2d, place: Placement) -> Tensor:
-    weight = place.exact(conv.weight).clone()                      # (C, 1, 3, 3)
-    weight[:, 0, 1, 1] += 1
-    return weight
 
 
 class WindowAttention(nn.Module):

@@ -44,85 +44,90 @@ def _power(size: int, least: int = 16) -> int:
 
 if triton is not None:
     @triton.jit
+    def _norm(x, size, EPSILON: tl.constexpr):
+        return x * tl.rsqrt(tl.sum(x * x, 1) / size + EPSILON)[:, None]
+
+    @triton.jit
     def _product(x, weight, out, shift, gain, residual, gate, rows, columns, depth: tl.constexpr,
                  NORM: tl.constexpr, MODULATE: tl.constexpr, GATED: tl.constexpr,
                  RESIDUAL: tl.constexpr, GATE: tl.constexpr, EPSILON: tl.constexpr,
                  M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-        row, column = tl.arange(0, M), tl.program_id(0) * N + tl.arange(0, N)
-        k = tl.arange(0, K)
-        total = tl.zeros((M, N), tl.float32)
-        other = tl.zeros((M, N), tl.float32)
+        row, k = tl.arange(0, M), tl.arange(0, K)
+        if GATED:   # gate and value of a column stand beside each other
+            j = tl.arange(0, 2 * N)
+            column = tl.program_id(0) * N + j // 2
+            line = column + (j % 2) * columns
+            total = tl.zeros((M, 2 * N), tl.float32)
+        else:
+            column = tl.program_id(0) * N + tl.arange(0, N)
+            line = column
+            total = tl.zeros((M, N), tl.float32)
+        kept_column = tl.program_id(0) * N + tl.arange(0, N)
+        place = row[:, None] * columns + kept_column[None, :]
+        kept = (row[:, None] < rows) & (kept_column[None, :] < columns)
+        if GATE:
+            factor = tl.load(gate + kept_column, kept_column < columns, 0.0).to(tl.float32)
+        if RESIDUAL:
+            added = tl.load(residual + place, kept, 0.0).to(tl.float32)
         for start in range(0, depth, K):
             at = start + k
-            here = (row[:, None] < rows) & (at[None, :] < depth)
-            there = (column[None, :] < columns) & (at[:, None] < depth)
-            w = tl.load(weight + column[None, :] * depth + at[:, None], there, 0.0)
-            a = tl.load(x + row[:, None] * depth + at[None, :], here, 0.0)
+            w = tl.load(weight + line[None, :] * depth + at[:, None],
+                        (column[None, :] < columns) & (at[:, None] < depth), 0.0)
+            a = tl.load(x + row[:, None] * depth + at[None, :],
+                        (row[:, None] < rows) & (at[None, :] < depth), 0.0)
             if NORM:   # then K covers the depth
-                wide = a.to(tl.float32)
-                wide = wide * tl.rsqrt(tl.sum(wide * wide, 1) / depth + EPSILON)[:, None]
+                wide = _norm(a.to(tl.float32), depth, EPSILON)
                 if MODULATE:
                     g = tl.load(gain + at, at < depth, 0.0).to(tl.float32)
                     s = tl.load(shift + at, at < depth, 0.0).to(tl.float32)
                     wide = wide * g[None, :] + s[None, :]
                 a = wide.to(x.dtype.element_ty)
             total += tl.dot(a, w)
-            if GATED:
-                v = tl.load(weight + (columns + column[None, :]) * depth + at[:, None], there, 0.0)
-                other += tl.dot(a, v)
         if GATED:
-            total = total * tl.sigmoid(total) * other
-        place = row[:, None] * columns + column[None, :]
-        kept = (row[:, None] < rows) & (column[None, :] < columns)
+            total, value = tl.split(tl.reshape(total, (M, N, 2)))
+            total = total * tl.sigmoid(total) * value
         if GATE:
-            total = total * tl.load(gate + column, column < columns, 0.0).to(tl.float32)[None, :]
+            total = total * factor[None, :]
         if RESIDUAL:
-            total += tl.load(residual + place, kept, 0.0).to(tl.float32)
+            total += added
         tl.store(out + place, total.to(out.dtype.element_ty), kept)
 
     @triton.jit
-    def _norm(x, size, EPSILON: tl.constexpr):
-        return x * tl.rsqrt(tl.sum(x * x, 1) / size + EPSILON)[:, None]
-
-    @triton.jit
-    def _self_attention(qkv, straight, swapped, out, rows, heads, width, scale,
-                        EPSILON: tl.constexpr, M: tl.constexpr, D: tl.constexpr):
+    def _self_attention(qkv, straight, swapped, out, rows, heads, scale, EPSILON: tl.constexpr,
+                        M: tl.constexpr, D: tl.constexpr):
         head, row, d = tl.program_id(0), tl.arange(0, M), tl.arange(0, D)
-        turned = (d + width // 2) % width
-        kept = (row[:, None] < rows) & (d[None, :] < width)
-        at = row[:, None] * 3 * heads * width + head * width
-        across = heads * width
-        table = row[:, None] * 2 * width + d[None, :]
-        q = _norm(tl.load(qkv + at + d[None, :], kept, 0.0).to(tl.float32), width, EPSILON)
-        k = _norm(tl.load(qkv + at + across + d[None, :], kept, 0.0).to(tl.float32), width,
-                  EPSILON)
-        p = _norm(tl.load(qkv + at + turned[None, :], kept, 0.0).to(tl.float32), width, EPSILON)
-        r = _norm(tl.load(qkv + at + across + turned[None, :], kept, 0.0).to(tl.float32), width,
+        turned = (d + D // 2) % D
+        kept = row[:, None] < rows
+        across = heads * D
+        at = row[:, None] * 3 * across + head * D
+        table = row[:, None] * 2 * D + d[None, :]
+        q = _norm(tl.load(qkv + at + d[None, :], kept, 0.0).to(tl.float32), D, EPSILON)
+        k = _norm(tl.load(qkv + at + across + d[None, :], kept, 0.0).to(tl.float32), D, EPSILON)
+        p = _norm(tl.load(qkv + at + turned[None, :], kept, 0.0).to(tl.float32), D, EPSILON)
+        r = _norm(tl.load(qkv + at + across + turned[None, :], kept, 0.0).to(tl.float32), D,
                   EPSILON)
         v = tl.load(qkv + at + 2 * across + d[None, :], kept, 0.0)
         q = (q * tl.load(straight + table, kept, 0.0).to(tl.float32)
              + p * tl.load(swapped + table, kept, 0.0).to(tl.float32))
-        k = (k * tl.load(straight + table + width, kept, 0.0).to(tl.float32)
-             + r * tl.load(swapped + table + width, kept, 0.0).to(tl.float32))
+        k = (k * tl.load(straight + table + D, kept, 0.0).to(tl.float32)
+             + r * tl.load(swapped + table + D, kept, 0.0).to(tl.float32))
         scores = tl.dot(q.to(v.dtype), tl.trans(k.to(v.dtype))) * scale
         scores = tl.where((row[None, :] <= row[:, None]) & (row[None, :] < rows), scores, -1e30)
         weights = tl.exp(scores - tl.max(scores, 1)[:, None])
         result = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, 1)[:, None]
-        tl.store(out + row[:, None] * across + head * width + d[None, :],
+        tl.store(out + row[:, None] * across + head * D + d[None, :],
                  result.to(out.dtype.element_ty), kept)
 
     @triton.jit
-    def _cross_attention(queries, keys, values, bias, out, rows, count, heads, width, scale,
-                         key_head, key_row, value_head, value_row,
-                         EPSILON: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr,
-                         S: tl.constexpr, D: tl.constexpr):
+    def _cross_attention(queries, keys, values, bias, out, rows, count, heads, scale, key_head,
+                         key_row, value_head, value_row, EPSILON: tl.constexpr,
+                         BIAS: tl.constexpr, M: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
         head, row, d, s = tl.program_id(0), tl.arange(0, M), tl.arange(0, D), tl.arange(0, S)
-        kept = (row[:, None] < rows) & (d[None, :] < width)
-        there = (s[:, None] < count) & (d[None, :] < width)
-        place = row[:, None] * heads * width + head * width + d[None, :]
+        kept, there = row[:, None] < rows, s[:, None] < count
+        place = row[:, None] * heads * D + head * D + d[None, :]
         k = tl.load(keys + head * key_head + s[:, None] * key_row + d[None, :], there, 0.0)
         v = tl.load(values + head * value_head + s[:, None] * value_row + d[None, :], there, 0.0)
-        q = _norm(tl.load(queries + place, kept, 0.0).to(tl.float32), width, EPSILON)
+        q = _norm(tl.load(queries + place, kept, 0.0).to(tl.float32), D, EPSILON)
         scores = tl.dot(q.to(k.dtype), tl.trans(k)) * scale
         if BIAS:
             scores += tl.load(bias + s, s < count, 0.0).to(tl.float32)[None, :]
@@ -195,14 +200,15 @@ def product(x: Tensor, weight: Tensor, *, norm: bool = False, shift: Tensor | No
     """
     (rows, depth), columns = x.shape, weight.shape[0] // (2 if gated else 1)
     out = torch.empty(rows, columns, device=x.device, dtype=x.dtype)
-    block = _power(depth) if norm or depth <= 1024 else 512
-    width = 32 if columns >= 2048 and not gated else 16
+    width = 16 if gated else 8 if columns <= 1024 else 32   # so that every multiprocessor has some
+    # A norm needs the whole row at once; else blocks are on their way while others are used.
+    block = _power(depth) if norm else min(512 if depth > 1024 else 256, _power(depth))
     _product[(triton.cdiv(columns, width),)](
         x, weight, out, shift if shift is not None else x, gain if gain is not None else x,
         residual if residual is not None else x, gate if gate is not None else x, rows, columns,
         depth, NORM=norm, MODULATE=gain is not None, GATED=gated, RESIDUAL=residual is not None,
         GATE=gate is not None, EPSILON=EPS, M=_power(rows), N=width, K=block,
-        num_warps=8 if norm and block >= 1024 else 4, num_stages=1 if block >= depth else 4)
+        num_warps=8 if block >= 1024 else 4, num_stages=1 if block >= depth else 4)
     return out
 
 
@@ -213,8 +219,8 @@ def self_attention(qkv: Tensor, straight: Tensor, swapped: Tensor, heads: int) -
     """
     rows, width = qkv.shape[0], qkv.shape[1] // 3 // heads
     out = torch.empty(rows, heads * width, device=qkv.device, dtype=qkv.dtype)
-    _self_attention[(heads,)](qkv, straight, swapped, out, rows, heads, width, width ** -0.5,
-                              EPSILON=EPS, M=_power(rows), D=_power(width), num_warps=4)
+    _self_attention[(heads,)](qkv, straight, swapped, out, rows, heads, width ** -0.5,
+                              EPSILON=EPS, M=_power(rows), D=width, num_warps=4)
     return out
 
 
@@ -227,9 +233,9 @@ def cross_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor 
     out = torch.empty_like(queries)
     _cross_attention[(heads,)](
         queries, keys, values, bias if bias is not None else queries, out, len(queries), count,
-        heads, width, width ** -0.5, keys.stride(0), keys.stride(1), values.stride(0),
+        heads, width ** -0.5, keys.stride(0), keys.stride(1), values.stride(0),
         values.stride(1), EPSILON=EPS, BIAS=bias is not None, M=_power(len(queries)),
-        S=_power(count), D=_power(width), num_warps=4)
+        S=_power(count), D=width, num_warps=4)
     return out
 
 

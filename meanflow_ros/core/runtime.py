@@ -42,7 +42,7 @@ class RuntimeOptions:
 
     dtype: of weights and activations; the policy's own by default. graphs: capture CUDA graphs.
     kernels: use those of core/kernels.py. compile: compile the network's blocks when the policy is
-    warmed up, by torch.compile's `backend`. compile_cache: directory of what was compiled. lengths:
+    warmed up, by torch.compile's `backend`. compile_cache: where what was compiled is. lengths:
     of the sequence of visual tokens and prompt, ascending, which prompts are padded to; multiples
     of 64 by default on a GPU, none on a CPU. threads: of a CPU; 0 takes PyTorch's own choice, but
     never more than this process may use.
