@@ -36,7 +36,7 @@ class CompiledParts:
         limits.recompile_limit = max(limits.recompile_limit, KINDS_AND_SHAPES)
         self._parts = [(parent, name, child) for parent in network.modules()
                        for name, child in parent.named_children() if isinstance(child, PARTS)
-                       and not getattr(child, 'kernels', False)]   # one of those is kernels only
+                       and not getattr(child, 'kernels', False)]   # those are kernels already
         for parent, name, child in self._parts:
             setattr(parent, name, torch.compile(child, backend=backend, dynamic=False))
 

@@ -127,10 +127,14 @@ class WindowAttention(nn.Module):
                         and kernels.fits(source.dim // self.heads))
 
     def forward(self, x: Tensor) -> Tensor:                        # (N, H W, C)
+        return self.proj(self.attend(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Return what the last layer takes."""
         rows = self.qkv(x)                                         # (N, H W, 3 C)
         if self.kernels:
-            return self.proj(kernels.window_attention(
-                rows, self.padding, self.gather, self.heads, self.window_tokens))
+            return kernels.window_attention(rows, self.padding, self.gather, self.heads,
+                                            self.window_tokens)
         if self.padded:
             rows = torch.cat([rows, self.padding.expand(len(x), -1, -1)], dim=1)
         if not self.one_window:
@@ -139,9 +143,7 @@ class WindowAttention(nn.Module):
             -1, self.window_tokens, 3, self.heads, x.shape[-1] // self.heads).unbind(2))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         out = out.reshape(len(x), -1, x.shape[-1])
-        if not self.one_window:
-            out = out.index_select(1, self.scatter)
-        return self.proj(out)
+        return out if self.one_window else out.index_select(1, self.scatter)
 
 
 def window_order(grid: tuple[int, int], side: int) -> tuple[Tensor, Tensor]:
@@ -170,12 +172,16 @@ class ChannelAttention(nn.Module):
                         and kernels.fits(source.dim // self.groups))
 
     def forward(self, x: Tensor) -> Tensor:                        # (N, H W, C)
+        return self.proj(self.attend(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Return what the last layer takes."""
         qkv = self.qkv(x)                                          # (N, H W, 3 C)
         if self.kernels:
-            return self.proj(kernels.channel_attention(qkv, self.groups))
+            return kernels.channel_attention(qkv, self.groups)
         q, k, v = qkv.unflatten(-1, (3, self.groups, -1)).permute(2, 0, 3, 4, 1)
         attention = (q @ k.transpose(-1, -2) * self.scale).softmax(-1)   # (N, groups, D, D)
-        return self.proj((attention @ v).permute(0, 3, 1, 2).flatten(2))
+        return (attention @ v).permute(0, 3, 1, 2).flatten(2)
 
 
 class ActivatedLinear(nn.Module):
@@ -220,12 +226,22 @@ class VisionBlock(nn.Module):
         self.attention = attention
         self.mlp = FeedForward(source.ffn, source.norm2, place)
         self.eps = source.norm1.eps
+        self.kernels = place.kernels and shifts
 
     def forward(self, x: Tensor) -> Tensor:                        # (N, H W, C)
+        if self.kernels:
+            x, normed = self._convolved(self.conv1, x, self.attention.proj)
+            x = kernels.linear_onto(x, self.attention.attend(normed), self.attention.proj.weight)
+            x, normed = self._convolved(self.conv2, x, self.mlp.fc2)
+            return kernels.linear_onto(x, self.mlp.fc1(normed), self.mlp.fc2.weight)
         x = self.conv1(x)
         x = x + self.attention(F.layer_norm(x, x.shape[-1:], eps=self.eps))
         x = self.conv2(x)
         return x + self.mlp(F.layer_norm(x, x.shape[-1:], eps=self.eps))
+
+    def _convolved(self, conv: DepthwiseShifts, x: Tensor, then: nn.Linear) -> tuple:
+        """Return the convolution of x, with the bias of the layer whose result is added to it."""
+        return kernels.depthwise_norm(x, conv.weight, conv.bias, then.bias, conv.grid, self.eps)
 
 
 class PatchEmbedding(nn.Module):
@@ -340,12 +356,20 @@ class TextLayer(nn.Module):
                                    source.activation_fn, place)
         self.fc2 = place.linear(source.fc2.weight, source.fc2.bias)
         self.final_norm = _frozen_norm(source.final_layer_norm, place)
+        self.kernels = place.kernels and kernels.fits(attention.embed_dim // self.heads)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:   # (B, S, D), (B, 1, 1, S)
+        if self.kernels and x.shape[1] <= kernels.MOST_KEYS:
+            out = kernels.attention(self.qkv(x), self.heads, bias)
+            x = self._added(x, self.out(out), self.attention_norm)
+            return self._added(x, self.fc2(self.fc1(x)), self.final_norm)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = self.attention_norm(x + self.out(out.transpose(1, 2).flatten(2)))
         return self.final_norm(x + self.fc2(self.fc1(x)))
+
+    def _added(self, x: Tensor, other: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return kernels.add_norm(x, other, norm.weight, norm.bias, norm.eps)
 
 
 class FusedText(nn.Module):

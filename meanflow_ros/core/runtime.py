@@ -78,7 +78,8 @@ class FastPolicy(Policy):
         self._why_no_kernels = (kernels.why_not(device, self.dtype) if options.kernels
                                 else 'kernels were not asked for')
         self._place = Placement(device, self.dtype, kernels=not self._why_no_kernels)
-        self.fused = FusedNetwork(policy, self._place, shifts=options.compile)
+        self.fused = FusedNetwork(policy, self._place,
+                                  shifts=options.compile or self._place.kernels)
         self.fused.eval().requires_grad_(False)
         if device.type == 'cuda':
             torch.cuda.synchronize(device)   # what is folded is used on other streams
