@@ -37,7 +37,8 @@ def a_policy(*, cameras=2, h_in='decoder', states=2, sampler='average', sizes=SI
         action_space=ActionSpace(name='odd', dimensions=('slide', 'swivel', 'pinch'),
                                  units=('m', 'deg', 'm'), lower=LOW - 0.1, upper=HIGH + 0.1))
     config = PolicyConfig(
-        robot=robot, action_normalizer=Normalizer(low=LOW, high=HIGH), prompt='Task: {instruction}.',
+        robot=robot, prompt='Task: {instruction}.',
+        action_normalizer=Normalizer(low=LOW, high=HIGH),
         state_normalizer=(Normalizer(low=[-1.7, 0.3, 2.0][:states], high=[2.9, 0.8, 31.0][:states])
                           if states else None),
         encoder=EncoderConfig(
@@ -49,7 +50,7 @@ def a_policy(*, cameras=2, h_in='decoder', states=2, sampler='average', sizes=SI
                   'encoder_attention_heads': 3, 'encoder_ffn_dim': 80,
                   'max_position_embeddings': 160}),
         dit=DiTConfig(width=64, depth=3, heads=4, adaln_rank=5, h_in=h_in, max_frequency=11.0,
-                      action_spaces={name: 3 + 2 * i for i, name in enumerate(spaces)},
+                      action_spaces={name: 3 if name == 'odd' else 5 for name in spaces},
                       state_sizes={'odd': states} if states else {}),
         sampler=sampler, sampler_steps=2)
     with torch.random.fork_rng():

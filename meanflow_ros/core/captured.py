@@ -8,6 +8,7 @@ cuBLAS of its own, and what a graph was captured with may be used by nothing tha
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from meanflow_ros.core.fused import FusedNetwork
 from meanflow_ros.core.fused_dit import Schedule
+
+# Pictures are read-only, and are only read.
+warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
 
 WARM_UP_RUNS = 3
 MAX_GRAPHS = 12
@@ -80,12 +84,12 @@ def picture_shapes(batch: int, sizes: Sequence[tuple[int, int]]) -> list[tuple[i
     return [(batch, 1, *size, 3) for size in sizes]
 
 
-def lay_out(pictures: Sequence[np.ndarray], images: Sequence[Sequence[np.ndarray]]) -> None:
-    """Copy images into arrays of `picture_shapes`."""
+def lay_out(pictures: Sequence[Tensor], images: Sequence[Sequence[np.ndarray]]) -> None:
+    """Copy images into tensors of `picture_shapes`, by several threads where they are large."""
     for row, of_observation in enumerate(images):
         places = [camera for group in pictures for camera in group[row]]
         for place, image in zip(places, of_observation):
-            np.copyto(place, image)
+            place.copy_(torch.from_numpy(image))
 
 
 class StaticAct:
@@ -106,7 +110,6 @@ class StaticAct:
         self._device = [torch.empty_like(host, device=device) for host in self._host]
         self._state = self._device[-1][:states].view(1, states) if states else None
         self._noise = self._device[-1][states:].view(chunk)
-        self._pictures = [host.numpy() for host in self._host[:-1]]
         self._numbers = self._host[-1].numpy()
         self._prompt: Prompt | None = None
         self._embedded = torch.zeros_like(request.prompt.embedded, device=device, dtype=dtype)
@@ -116,7 +119,7 @@ class StaticAct:
 
     def load(self, request: Request) -> None:
         """Put a request into the buffers."""
-        lay_out(self._pictures, request.images)
+        lay_out(self._host[:-1], request.images)
         self._numbers[:] = np.concatenate([request.state.ravel(), request.noise.numpy().ravel()])
         if request.prompt is not self._prompt:
             self._embedded.copy_(request.prompt.embedded)

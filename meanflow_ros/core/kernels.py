@@ -173,8 +173,10 @@ if triton is not None:
     @triton.jit
     def _places(gather, s, inside, tokens, GATHER: tl.constexpr):
         if GATHER:
-            return tl.load(gather + s, s < inside, tokens)
-        return tl.where(s < inside, s, tokens)
+            places = tl.load(gather + s, s < inside, tokens).to(tl.int32)
+        else:
+            places = tl.where(s < inside, s, tokens)
+        return places
 
     @triton.jit
     def _kept_or_padding(rows, at, tokens, base, padding, column, width, GATHER: tl.constexpr):
@@ -376,8 +378,7 @@ def window_attention(qkv: Tensor, padding: Tensor, gather: Tensor, heads: int,
 
 
 def attention(qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
-    """Return attention (N, T, C) among all tokens of qkv (N, T, 3 C); bias (N, 1, 1, T) is added.
-    """
+    """Return attention (N, T, C) among all tokens of qkv (N, T, 3 C), with bias (N, 1, 1, T)."""
     return _attend(qkv, qkv, qkv, bias if bias is not None else qkv, heads, qkv.shape[1],
                    GATHER=False, BIAS=bias is not None)
 

@@ -215,11 +215,11 @@ class FastPolicy(Policy):
 
     def _eager(self, request: Request) -> np.ndarray:
         device = self.device
-        pictures = [np.empty(shape, np.uint8)
+        pictures = [torch.empty(shape, dtype=torch.uint8)
                     for shape in picture_shapes(len(request.images), request.sizes)]
         lay_out(pictures, request.images)
         actions = self.fused(
-            [torch.from_numpy(group).to(device) for group in pictures],
+            [group.to(device) for group in pictures],
             request.prompt.embedded, request.prompt.bias,
             torch.from_numpy(request.state).to(device) if request.state.size else None,
             request.noise.to(device), request.schedule, request.steps)

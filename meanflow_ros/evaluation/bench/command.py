@@ -15,8 +15,7 @@ from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions
 from meanflow_ros.evaluation.bench import checks, device, roofline, subjects
 from meanflow_ros.evaluation.bench.stages import stage_times
 from meanflow_ros.evaluation.bench.startup import measure_start
-from meanflow_ros.evaluation.bench.techniques import (
-    Technique, flower_rows, own_rows, release)
+from meanflow_ros.evaluation.bench.techniques import Technique, flower_rows, own_rows, release
 
 WARM_UP_RUNS = 20
 
@@ -77,15 +76,17 @@ class Bench:
         if arguments.dtype == 'float32':
             torch.backends.cudnn.allow_tf32 = False   # what is compared with it is exact too
         for technique in own_rows(policy, seen[0], arguments.nfe, options=options,
-                                  compiled=arguments.compile):
+                                  compiled=arguments.compile
+                                  and 'own-compiled' not in arguments.skip):
             row, fast = self._measure(technique, seen[0]), technique.policy
-            graphs = 'graphed' in technique.name
-            if fast and (graphs or self._device.type != 'cuda'):
+            if technique.detailed:
+                row['why_not_compiled'] = fast.why_not_compiled
+                row['why_no_kernels'] = fast.why_no_kernels
                 if technique.nfe == arguments.nfe[0]:
-                    row['why_not_compiled'] = fast.why_not_compiled
                     row['checks'] = self._check(policy, fast, seen)
                 row['stages_ms'] = stage_times(fast, seen[0], steps=technique.nfe,
-                                               runs=arguments.runs, graphs=graphs)
+                                               runs=arguments.runs,
+                                               graphs='graphed' in technique.name)
                 self._bound(policy, fast, row)
             self._write()
 
@@ -120,9 +121,11 @@ class Bench:
         return row
 
     def _check(self, policy: Policy, fast: FastPolicy, seen: list) -> dict[str, object]:
-        nfe = self._arguments.nfe
-        return {'off_the_eager_policy': {steps: checks.difference(policy, fast, seen, steps)
+        nfe, exact = self._arguments.nfe, Policy(policy.config, policy.network)
+        return {'off_the_eager_policy': {steps: checks.difference(policy, fast, seen[:4], steps)
                                          for steps in nfe},
+                'off_float32': checks.difference(exact, fast, seen[:4], nfe[0]),
+                'eager_policy_off_float32': checks.difference(exact, policy, seen[:4], nfe[0]),
                 'repeats_that_differ': checks.repeats_differ(fast, seen, rounds=100),
                 **checks.switches(fast, seen, nfe, count=self._arguments.switches)}
 
@@ -195,7 +198,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--switches', type=int, default=1000,
                         help='of instruction and NFE, looking for leaks; default 1000')
     parser.add_argument('--skip', nargs='*', default=[],
-                        choices=('ceilings', 'flower', 'own', 'start'), help='parts to leave out')
+                        choices=('ceilings', 'flower', 'own', 'own-compiled', 'start'),
+                        help='parts to leave out')
     parser.add_argument('--cache', type=Path, help='directory of what is compiled')
     parser.add_argument('--profile', type=Path, help='directory for a table of kernels per row')
     parser.add_argument('--out', type=Path, help='JSON file')

@@ -24,7 +24,7 @@ def stage_times(policy: FastPolicy, observation: Observation, *, steps: int, run
     pinned = device.type == 'cuda'
     host = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
             for shape in picture_shapes(1, request.sizes)]
-    lay_out([group.numpy() for group in host], request.images)
+    lay_out(host, request.images)
     pictures = [group.to(device) for group in host]
     state = torch.from_numpy(request.state).to(device) if request.state.size else None
     noise, prompt = request.noise.to(device), request.prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ class Technique:
     """A row: what is run, and with how many network evaluations.
 
     name: 'flower ...' for the path in FLOWER's manner, 'fast ...' for FastPolicy. policy: the
-    FastPolicy behind it, or None.
+    FastPolicy behind it, or None. detailed: whether its stages are measured and its
+    chunks checked.
     """
 
     name: str
     nfe: int
     act: Act
     policy: FastPolicy | None = None
+    detailed: bool = False
 
 
 def flower_rows(policy: Policy, example: Observation, *, compiled: bool,
@@ -52,25 +55,28 @@ def flower_rows(policy: Policy, example: Observation, *, compiled: bool,
 
 def own_rows(policy: Policy, example: Observation, nfe: Sequence[int], *, compiled: bool,
              options: RuntimeOptions) -> Iterator[Technique]:
-    """Yield Policy and FastPolicy: eager, then FastPolicy graphed, compiled, and both."""
+    """Yield Policy and FastPolicy: eager, then FastPolicy graphed, compiled, and with kernels."""
     for steps in sorted({STEPS, nfe[0]}, reverse=True):
         yield Technique(name='policy eager', nfe=steps, act=_at(policy, steps))
     gpu = policy.device.type == 'cuda'
-    for is_compiled in (False, True)[:1 + compiled]:
-        for graphed in (False, True) if gpu else (False,):
-            if is_compiled and gpu and not graphed:
-                continue   # waits for Python: no faster than the row before
-            fast = FastPolicy(policy, options=RuntimeOptions(
-                dtype=options.dtype, compile=is_compiled, graphs=graphed,
-                compile_cache=options.compile_cache, threads=options.threads))
-            fast.warm_up(example, nfe)
-            words = ['compiled'] * is_compiled + ['graphed'] * graphed
-            for steps in nfe if graphed or not gpu else nfe[:1]:
-                yield Technique(name=f'fast {" and ".join(words) or "eager"}', nfe=steps,
-                                act=_at(fast, steps), policy=fast)
-            fast.close()
-            fast = None
-            release()
+    plain = dataclasses.replace(options, graphs=False, compile=False, kernels=False)
+    rows = {'fast eager': plain}
+    if gpu:
+        rows['fast graphed'] = dataclasses.replace(plain, graphs=True)
+    if compiled:
+        rows['fast compiled' + ' and graphed' * gpu] = dataclasses.replace(
+            plain, graphs=gpu, compile=True)
+    if gpu:
+        rows['fast graphed with kernels'] = dataclasses.replace(plain, graphs=True, kernels=True)
+    for name, chosen in rows.items():
+        fast = FastPolicy(policy, options=chosen)
+        fast.warm_up(example, nfe)
+        for steps in nfe if chosen.graphs or not gpu else nfe[:1]:
+            yield Technique(name=name, nfe=steps, act=_at(fast, steps), policy=fast,
+                            detailed=not gpu or chosen.compile or chosen.kernels)
+        fast.close()
+        fast = None
+        release()
 
 
 def _at(policy: Policy, steps: int) -> Act:
