@@ -23,15 +23,11 @@ KINDS_AND_SHAPES = 64   # of one part: stages, and lengths of the prompt
 class CompiledParts:
     """The blocks of a network, compiled in place; as they were again if that fails.
 
-    cache: directory that keeps what was compiled from start to start; where the environment names
-    one (TORCHINDUCTOR_CACHE_DIR) that is used. backend: of torch.compile.
+    backend: of torch.compile.
     """
 
-    def __init__(self, network: nn.Module, cache: Path | None, *,
-                 backend: str | Callable = 'inductor'):
+    def __init__(self, network: nn.Module, *, backend: str | Callable = 'inductor'):
         self.problem = ''
-        if cache is not None:
-            os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache))
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, KINDS_AND_SHAPES)
         self._parts = [(parent, name, child) for parent in network.modules()
@@ -50,12 +46,18 @@ class CompiledParts:
             self.problem = f'compilation failed: {type(error).__name__}: {error}'
 
 
+def keep_compiled_in(cache: Path) -> None:
+    """Keep what is compiled from start to start, in a directory that the environment may name."""
+    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache))
+    os.environ.setdefault('TRITON_CACHE_DIR', str(cache / 'triton'))
+
+
 def cache_beside(checkpoint: Path) -> Path:
     """Return the directory for what is compiled for a checkpoint: beside it if that is writable.
 
     Not in it: a checkpoint holds its own files only. Elsewhere the user's cache is taken.
     """
-    checkpoint = checkpoint.absolute()
+    checkpoint = checkpoint.resolve()
     if os.access(checkpoint.parent, os.W_OK):
         return checkpoint.with_name(f'{checkpoint.name}.compiled')
     home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'

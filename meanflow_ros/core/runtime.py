@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from meanflow_ros.core import kernels
 from meanflow_ros.core.captured import (
     CudaGraphs, GraphCache, Prompt, Request, lay_out, picture_shapes)
-from meanflow_ros.core.compiled import CompiledParts, cache_beside
+from meanflow_ros.core.compiled import CompiledParts, cache_beside, keep_compiled_in
 from meanflow_ros.core.contract import ActionChunk, Observation, clean_instruction
 from meanflow_ros.core.fused import FusedNetwork
 from meanflow_ros.core.fused_dit import Schedule
@@ -89,6 +89,8 @@ class FastPolicy(Policy):
         self._device_lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self._options, self._compiled = options, None
+        if options.compile_cache and (options.compile or not self._why_no_kernels):
+            keep_compiled_in(options.compile_cache)
         self._why_not_compiled = 'compilation was not asked for'
         if options.compile:
             self._why_not_compiled = 'the policy is not warmed up yet'
@@ -105,7 +107,7 @@ class FastPolicy(Policy):
         """Read a checkpoint as Policy.load does; what is compiled is kept beside it."""
         with NoRandomWeights():
             policy = Policy.load(directory, dtype=dtype)
-        if options.compile and options.compile_cache is None:
+        if options.compile_cache is None:
             options = dataclasses.replace(options, compile_cache=cache_beside(Path(directory)))
         return cls(policy, device=device, options=options)
 
@@ -172,8 +174,7 @@ class FastPolicy(Policy):
                 self._why_no_kernels = self._try_kernels(request)
             if not self._options.compile:
                 return
-            self._compiled = CompiledParts(self.fused, self._options.compile_cache,
-                                           backend=self._options.backend)
+            self._compiled = CompiledParts(self.fused, backend=self._options.backend)
         self._compiled.try_out(lambda: self._eager(request))
         self._why_not_compiled = self._compiled.problem
 

@@ -37,7 +37,7 @@ class Bench:
 
     def run(self) -> None:
         """Measure every part that was asked for; a part that fails is told and left out."""
-        for part in (self._ceilings, self._own, self._flower, self._start):
+        for part in (self._ceilings, self._own, self._start, self._flower):
             if part.__name__.strip('_') not in self._arguments.skip:
                 try:
                     part()
@@ -46,6 +46,9 @@ class Bench:
                     print(f'bench: {self.results["problems"][-1]}', file=sys.stderr, flush=True)
                 release()
                 self._write()
+
+    def _wanted(self, name: str) -> bool:
+        return any(part in name for part in self._arguments.rows)
 
     def _policy(self, *, rectified_flow: bool = False) -> Policy:
         arguments = self._arguments
@@ -65,7 +68,8 @@ class Bench:
             raise ValueError("the path in FLOWER's manner is measured with --preset only")
         policy = self._policy(rectified_flow=True)
         example = subjects.observations(policy.robot, 1)[0]
-        for technique in flower_rows(policy, example, compiled=self._arguments.compile):
+        for technique in flower_rows(policy, example, compiled=self._arguments.compile,
+                                     wanted=self._wanted):
             self._measure(technique, example)
 
     def _own(self) -> None:
@@ -76,8 +80,7 @@ class Bench:
         if arguments.dtype == 'float32':
             torch.backends.cudnn.allow_tf32 = False   # what is compared with it is exact too
         for technique in own_rows(policy, seen[0], arguments.nfe, options=options,
-                                  compiled=arguments.compile
-                                  and 'own-compiled' not in arguments.skip):
+                                  compiled=arguments.compile, wanted=self._wanted):
             row, fast = self._measure(technique, seen[0]), technique.policy
             if technique.detailed:
                 row['why_not_compiled'] = fast.why_not_compiled
@@ -150,7 +153,7 @@ class Bench:
                 release()
             for name in ('cold', 'warm'):
                 found = measure_start(checkpoint, device=arguments.device, dtype=arguments.dtype,
-                                      compile=arguments.compile, cache=Path(folder) / 'compiled')
+                                      cache=Path(folder) / 'compiled')
                 self.results.setdefault('start', {})[name] = found
                 print(f'{name} start: first chunk after {found["first_chunk_s"]} s', flush=True)
 
@@ -198,8 +201,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--switches', type=int, default=1000,
                         help='of instruction and NFE, looking for leaks; default 1000')
     parser.add_argument('--skip', nargs='*', default=[],
-                        choices=('ceilings', 'flower', 'own', 'own-compiled', 'start'),
-                        help='parts to leave out')
+                        choices=('ceilings', 'flower', 'own', 'start'), help='parts to leave out')
+    parser.add_argument('--rows', nargs='+', default=[''], metavar='WORDS',
+                        help='only the rows whose name contains any of these')
     parser.add_argument('--cache', type=Path, help='directory of what is compiled')
     parser.add_argument('--profile', type=Path, help='directory for a table of kernels per row')
     parser.add_argument('--out', type=Path, help='JSON file')

@@ -1,6 +1,6 @@
 """How long a checkpoint takes from the disk to its first chunk, in a process of its own.
 
-python -m meanflow_ros.evaluation.bench.startup CHECKPOINT --device cuda --compile
+python -m meanflow_ros.evaluation.bench.startup CHECKPOINT --device cuda
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ BEGIN = time.perf_counter()   # before the imports, which are part of a start
 
 import argparse   # noqa: E402
 import json       # noqa: E402
+import os         # noqa: E402
 import resource   # noqa: E402
 import subprocess   # noqa: E402
 import sys        # noqa: E402
@@ -19,7 +20,7 @@ from pathlib import Path   # noqa: E402
 LONGEST_S = 900.0
 
 
-def measure_start(checkpoint: Path, *, device: str, dtype: str, compile: bool,
+def measure_start(checkpoint: Path, *, device: str, dtype: str,
                   cache: Path) -> dict[str, object]:
     """Start a process that loads a checkpoint and acts once; return its times and memory.
 
@@ -28,8 +29,10 @@ def measure_start(checkpoint: Path, *, device: str, dtype: str, compile: bool,
     command = [sys.executable, '-m', 'meanflow_ros.evaluation.bench.startup', str(checkpoint),
                '--device', device, '--dtype', dtype, '--cache', str(cache)]
     begin = time.perf_counter()
-    done = subprocess.run(command + ['--compile'] * compile, capture_output=True, text=True,
-                          timeout=LONGEST_S, check=False)
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ('TRITON_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR')}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S, check=False,
+                          env=environment)
     if done.returncode:
         raise RuntimeError(f'a start failed: {done.stderr.strip()[-2000:]}')
     return {**json.loads(done.stdout.splitlines()[-1]),
@@ -62,7 +65,7 @@ def main(argv=None) -> int:
     result = {'import_s': round(imported - BEGIN, 2), 'load_s': round(loaded - imported, 2),
               'warm_up_s': round(warm - loaded, 2),
               'first_chunk_s': round(time.perf_counter() - BEGIN, 2), 'why_eager': why_eager,
-              'why_not_compiled': policy.why_not_compiled,
+              'why_not_compiled': policy.why_not_compiled, 'why_no_kernels': policy.why_no_kernels,
               'host_peak_mib': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
     if policy.device.type == 'cuda':
         result |= {'gpu_peak_mib': round(torch.cuda.max_memory_allocated() / 2**20),

@@ -35,28 +35,30 @@ class Technique:
 
 
 def flower_rows(policy: Policy, example: Observation, *, compiled: bool,
-                backend: str = 'inductor') -> Iterator[Technique]:
+                wanted: Callable[[str], bool]) -> Iterator[Technique]:
     """Yield the path in FLOWER's manner: eager, graphed, compiled, and both.
 
     policy: a rectified flow; its weights are put into its dtype and its blocks are compiled.
+    wanted: whether a row of this name is.
     """
     hold_weights_as(policy.network, policy.dtype)
     for is_compiled in (False, True)[:1 + compiled]:
         if is_compiled:
-            compile_blocks(policy.network, backend=backend)
+            compile_blocks(policy.network)
         for graphed in (False, True)[:1 + (policy.device.type == 'cuda')]:
-            path = FlowerPath(policy)
-            path.prepare(example, graph=graphed)
             words = ['compiled'] * is_compiled + ['graphed'] * graphed
-            yield Technique(name=f'flower {" and ".join(words) or "eager"}', nfe=STEPS,
-                            act=path.act)
-            path = None
+            name = f'flower {" and ".join(words) or "eager"}'
+            if wanted(name):
+                path = FlowerPath(policy)
+                path.prepare(example, graph=graphed)
+                yield Technique(name=name, nfe=STEPS, act=path.act)
+                path = None
 
 
 def own_rows(policy: Policy, example: Observation, nfe: Sequence[int], *, compiled: bool,
-             options: RuntimeOptions) -> Iterator[Technique]:
+             options: RuntimeOptions, wanted: Callable[[str], bool]) -> Iterator[Technique]:
     """Yield Policy and FastPolicy: eager, then FastPolicy graphed, compiled, and with kernels."""
-    for steps in sorted({STEPS, nfe[0]}, reverse=True):
+    for steps in sorted({STEPS, nfe[0]}, reverse=True) if wanted('policy eager') else ():
         yield Technique(name='policy eager', nfe=steps, act=_at(policy, steps))
     gpu = policy.device.type == 'cuda'
     plain = dataclasses.replace(options, graphs=False, compile=False, kernels=False)
@@ -69,6 +71,8 @@ def own_rows(policy: Policy, example: Observation, nfe: Sequence[int], *, compil
     if gpu:
         rows['fast graphed with kernels'] = dataclasses.replace(plain, graphs=True, kernels=True)
     for name, chosen in rows.items():
+        if not wanted(name):
+            continue
         fast = FastPolicy(policy, options=chosen)
         fast.warm_up(example, nfe)
         for steps in nfe if chosen.graphs or not gpu else nfe[:1]:
