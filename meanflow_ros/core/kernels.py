@@ -24,7 +24,9 @@ MOST_ROWS = 64         # of a product in `product`; more rows are a matter for c
 MOST_KEYS = 512        # of `cross_attention` and of a window
 MOST_TOKENS = 1024     # of `channel_attention`: one program goes through them all
 EPS = 1e-6
-START_EARLY = True     # before the kernel before is over: its weights are then there in time
+# Whether a kernel of the DiT may start, and fetch its weights, while the one before it runs
+# (programmatic dependent launch). Right by the compiler's output, but not run on a GPU yet.
+START_EARLY = False
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
@@ -311,15 +313,21 @@ def product(x: Tensor, weight: Tensor, *, norm: bool = False, shift: Tensor | No
     """
     (rows, depth), columns = x.shape, weight.shape[0] // (2 if gated else 1)
     out = torch.empty(rows, columns, device=x.device, dtype=x.dtype)
+    early = _early(x.device)
     width = 16 if gated else 8 if columns <= 1024 else 32   # so that every multiprocessor has some
-    block = _power(depth) if norm else min(1024, _power(depth))
+    if norm:   # takes the whole row at once
+        block, stages = _power(depth), 1
+    elif early['EARLY']:
+        block, stages = min(1024, _power(depth)), 1
+    else:      # blocks are on their way while others are used
+        block, stages = min(512 if depth > 1024 else 256, _power(depth)), 4
     _product[(triton.cdiv(columns, width),)](
         x, weight, out, shift if shift is not None else x, gain if gain is not None else x,
         residual if residual is not None else x, gate if gate is not None else x, rows, columns,
         depth, NORM=norm, MODULATE=gain is not None, GATED=gated, RESIDUAL=residual is not None,
-        GATE=gate is not None, EPSILON=EPS, M=_power(rows), N=width, K=block,
-        CHUNKS=min(3, triton.cdiv(depth, block)), num_stages=1,
-        num_warps=8 if norm and block >= 1024 and width > 8 else 4, **_early(x.device))
+        GATE=gate is not None, EPSILON=EPS, M=_power(rows), N=width, K=block, num_stages=stages,
+        CHUNKS=min(3, triton.cdiv(depth, block)) if early['EARLY'] else 1,
+        num_warps=8 if norm and block >= 1024 and width > 8 else 4, **early)
     return out
 
 
