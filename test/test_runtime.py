@@ -27,7 +27,7 @@ SIZES = ((30, 40), (64, 64), (61, 83), (17, 90))     # height and width, by came
 
 
 def a_policy(*, cameras=2, h_in='decoder', states=2, sampler='average', sizes=SIZES,
-             spaces=('odd',)) -> Policy:
+             spaces=('odd',), max_prefix=0) -> Policy:
     """Return `large` with small sizes and random weights: windows of 12 on grids of 16 to 2."""
     tokenizer = train_tokenizer(['push the lever', 'pull the lever'], 270)
     names = tuple(f'joint_{i}' for i in range(states))
@@ -53,7 +53,7 @@ def a_policy(*, cameras=2, h_in='decoder', states=2, sampler='average', sizes=SI
         dit=DiTConfig(width=64, depth=3, heads=4, adaln_rank=5, h_in=h_in, max_frequency=11.0,
                       action_spaces={name: 3 if name == 'odd' else 5 for name in spaces},
                       state_sizes={'odd': states} if states else {}),
-        sampler=sampler, sampler_steps=2)
+        sampler=sampler, sampler_steps=2, max_prefix=max_prefix)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         policy = Policy.create(config, tokenizer)
@@ -124,6 +124,28 @@ def test_a_batch_of_mixed_prompts_equals_the_policys(make):
         assert np.abs(normalised(policy, a) - normalised(policy, b)).max() < 1e-5
         assert (a.stamp_ns, a.period_s, a.first_step) == (b.stamp_ns, b.period_s, b.first_step)
         assert b.stamp_ns == observation.stamp_ns
+
+
+@pytest.mark.parametrize('given', [
+    {}, {'states': 0, 'h_in': 'adaln_last_third'}, {'h_in': 'none', 'sampler': 'euler'}], ids=str)
+def test_a_prefix_is_continued_as_by_the_policy(given):
+    policy = a_policy(max_prefix=3, **given)
+    fast, seen = FastPolicy(policy), observations(policy.robot, 3)
+    prefix = LOW + (HIGH - LOW) * [[0.31, 0.72, 0.11], [0.45, 0.7, 0.9], [0.1, 0.2, 0.77]]
+    for steps in (1, 3):
+        assert off(policy, fast, seen[0], prefix=prefix, steps=steps) < 1e-5
+        assert off(policy, fast, seen[0], prefix=prefix[:1], steps=steps) < 1e-5
+    prefixes = [None, prefix[:2], prefix]
+    theirs, ours = (p.act_batch(seen, seeds=[0, 1, 2], prefixes=prefixes) for p in (policy, fast))
+    for a, b in zip(theirs, ours):
+        assert np.abs(normalised(policy, a) - normalised(policy, b)).max() < 1e-5
+    assert np.array_equal(ours[2].actions[:3], prefix)
+    assert off(policy, fast, seen[0], steps=3) < 1e-5   # and without one afterwards
+
+
+def test_a_prefix_of_a_network_that_takes_none_is_refused(fast):
+    with pytest.raises(ValueError, match='trained for at most 0'):
+        fast.act(observations(fast.robot)[0], prefix=np.tile(LOW, (1, 1)))
 
 
 @pytest.mark.parametrize('size', [(64, 64), (33, 130), (200, 71)])
@@ -249,10 +271,10 @@ class FakeCapture:
 
 @pytest.fixture
 def captured(policy):
-    """Return a FastPolicy that captures, and its fake capture."""
+    """Yield a FastPolicy that captures, and its fake capture."""
     fast = FastPolicy(policy, options=RuntimeOptions(lengths=(24, 64)))
     fake = FakeCapture(fast._eager)
-    fast._graphs = GraphCache(lambda: fake, limit=3)
+    fast._graphs = GraphCache(lambda: fake, limit=4)
     yield fast, fake
     fake.go.set()
     fast.close()
@@ -291,10 +313,10 @@ def test_the_graph_that_was_used_last_stays(policy, captured):
     fast, fake = captured
     fake.go.set()
     observation = observations(policy.robot)[0]
-    for steps in (1, 2, 3, 1, 4):
+    for steps in (1, 2, 3, 4, 1, 5):
         fast._graphs.wait(fast.request([observation], steps, [0], None))
         fast.act(observation, steps=steps)
-    assert [shape.steps for shape in fast._graphs._graphs] == [3, 1, 4]
+    assert [shape.steps for shape in fast._graphs._graphs] == [3, 4, 1, 5]
 
 
 def test_what_cannot_be_captured_is_said_and_not_tried_again(policy, captured):
@@ -329,10 +351,11 @@ def test_a_batch_is_eager_and_says_so(policy, captured):
 
 
 @pytest.mark.parametrize('given', [{}, {'cameras': 3, 'states': 0, 'sizes': ((30, 40),) * 3}])
-def test_what_is_captured_computes_the_chunk_on_buffers_that_never_move(given):
-    policy = a_policy(**given)
+@pytest.mark.parametrize('count', [0, 2])
+def test_what_is_captured_computes_the_chunk_on_buffers_that_never_move(given, count):
+    policy = a_policy(max_prefix=2, **given)
     fast = FastPolicy(policy, options=RuntimeOptions(lengths=(64,)))
-    requests = [fast.request([o], 2, [seed], None)
+    requests = [fast.request([o], 2, [seed], prefixes=[LOW + seed * np.ones((count, 3))])
                 for seed, o in enumerate(observations(policy.robot, 3))]
     with torch.inference_mode():
         act = StaticAct(fast.fused, requests[0], pinned=False)
@@ -354,7 +377,7 @@ def test_on_a_cpu_the_reason_for_no_graph_is_the_cpu(fast):
 # Compilation
 
 def test_compiled_blocks_give_the_same_chunk(policy):
-    fast = FastPolicy(policy, options=RuntimeOptions(compile=True, backend='aot_eager'))
+    fast = FastPolicy(policy, options=RuntimeOptions(compile=True, backend='eager'))
     assert fast.why_not_compiled == 'the policy is not warmed up yet'
     observation = observations(policy.robot)[0]
     fast.warm_up(observation)

@@ -34,12 +34,13 @@ class GraphShape:
     """What a graph is fixed to.
 
     sizes: height and width of each camera's pictures. steps: NFE. length: of the sequence, visual
-    tokens and prompt.
+    tokens and prompt. known: whether steps are given.
     """
 
     sizes: tuple[tuple[int, int], ...]
     steps: int
     length: int
+    known: bool
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Request:
     """One inference of B observations.
 
     images: for each observation, the picture of each camera. state: (B, P) float32, P may be 0.
-    noise: (B, T, A) on the CPU.
+    noise: (B, T, A) on the CPU. known: steps that are given, see FusedNetwork.decide, on the CPU.
     """
 
     images: Sequence[Sequence[np.ndarray]]
@@ -64,6 +65,7 @@ class Request:
     prompt: Prompt
     schedule: Schedule
     steps: int
+    known: tuple[Tensor, Tensor] | None = None
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -74,7 +76,7 @@ class Request:
     def shape(self) -> GraphShape:
         """Return what a graph for this must be fixed to."""
         length = self.prompt.bias.shape[-1] if self.prompt.bias is not None else 0
-        return GraphShape(self.sizes, self.steps, length)
+        return GraphShape(self.sizes, self.steps, length, self.known is not None)
 
 
 def picture_shapes(batch: int, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
@@ -92,6 +94,12 @@ def lay_out(pictures: Sequence[Tensor], images: Sequence[Sequence[np.ndarray]]) 
             place.copy_(torch.from_numpy(image))
 
 
+def _numbers(request: Request) -> list[Tensor]:
+    """Return state, noise, and known steps if there are any, as float32."""
+    return [torch.from_numpy(request.state), request.noise,
+            *(value.float() for value in request.known or ())]
+
+
 class StaticAct:
     """One inference on buffers that never move, of batch 1: what a graph is captured from.
 
@@ -104,23 +112,24 @@ class StaticAct:
         self._network, self._pinned = network, pinned
         self._schedule, self._steps = request.schedule, request.steps
         shapes = picture_shapes(1, request.sizes)
-        states, chunk = request.state.shape[1], tuple(request.noise.shape)
         self._host = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for shape in shapes]
-        self._host.append(torch.zeros(states + chunk[1] * chunk[2], pin_memory=pinned))
+        numbers = _numbers(request)
+        self._host.append(torch.zeros(sum(map(torch.Tensor.numel, numbers)), pin_memory=pinned))
         self._device = [torch.empty_like(host, device=device) for host in self._host]
-        self._state = self._device[-1][:states].view(1, states) if states else None
-        self._noise = self._device[-1][states:].view(chunk)
-        self._numbers = self._host[-1].numpy()
+        parts = self._device[-1].split([part.numel() for part in numbers])
+        self._state, self._noise, *self._known = (
+            part.view(like.shape) for part, like in zip(parts, numbers))
         self._prompt: Prompt | None = None
         self._embedded = torch.zeros_like(request.prompt.embedded, device=device, dtype=dtype)
         self._bias = torch.zeros_like(request.prompt.bias, device=device, dtype=dtype)
-        self._actions = torch.zeros(1, chunk[1], network.dit.action_size, device=device)
+        self._actions = torch.zeros(1, request.noise.shape[1], network.dit.action_size,
+                                    device=device)
         self._result = torch.zeros(self._actions.shape, pin_memory=pinned)
 
     def load(self, request: Request) -> None:
         """Put a request into the buffers."""
         lay_out(self._host[:-1], request.images)
-        self._numbers[:] = np.concatenate([request.state.ravel(), request.noise.numpy().ravel()])
+        torch.cat([part.flatten() for part in _numbers(request)], out=self._host[-1])
         if request.prompt is not self._prompt:
             self._embedded.copy_(request.prompt.embedded)
             self._bias.copy_(request.prompt.bias)
@@ -132,9 +141,11 @@ class StaticAct:
         """Compute the actions of what is in the buffers; this is what is captured."""
         if self._pinned:
             self._upload()
+        known = (self._known[0], self._known[1] > 0) if self._known else None
         self._actions.copy_(self._network(
-            self._device[:-1], self._embedded, self._bias, self._state, self._noise,
-            self._schedule, self._steps))
+            self._device[:-1], self._embedded, self._bias,
+            self._state if self._state.numel() else None, self._noise, self._schedule,
+            self._steps, known))
         if self._pinned:
             self._result.copy_(self._actions, non_blocking=True)
 

@@ -57,23 +57,30 @@ class FusedNetwork(nn.Module):
         return (together - self.mean).to(self.place.dtype)
 
     def decide(self, context: Tensor, bias: Tensor | None, state: Tensor | None, noise: Tensor,
-               schedule: Schedule, steps: int) -> Tensor:
-        """Return actions (B, T, A) in [-1, 1] from noise (B, T, A)."""
+               schedule: Schedule, steps: int,
+               known: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return actions (B, T, A) in [-1, 1] from noise (B, T, A).
+
+        known: x (B, T, A) and which of its steps are given (B, T), see `meanflow.with_prefix`.
+        """
         keys, values = self.dit.keys_and_values(context)
-        modulations = self.dit.modulations(schedule, state)
+        modulations = self.dit.modulations(schedule, state, known[1] if known else None)
         constants = iter(zip(modulations, schedule.offsets))
 
-        def u(z: Tensor, *, t: Tensor, h: Tensor) -> Tensor:
+        def u(z: Tensor, *, t: Tensor, h: Tensor, rows: None = None) -> Tensor:
             modulation, offset = next(constants)
             return self.dit.velocity(z, modulation, offset, keys, values, bias)
 
+        if known:
+            u = meanflow.with_prefix(u, known[0][..., :self.dit.action_size], known[1])
         return self.sampler(u, noise[..., :self.dit.action_size], steps=steps)
 
     def forward(self, pictures: Sequence[Tensor], prompt: Tensor, bias: Tensor | None,
-                state: Tensor | None, noise: Tensor, schedule: Schedule, steps: int) -> Tensor:
+                state: Tensor | None, noise: Tensor, schedule: Schedule, steps: int,
+                known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return actions (B, T, A) in [-1, 1]."""
         context = self.read(self.see(self.prepare(pictures)), prompt, bias)
-        return self.decide(context, bias, state, noise, schedule, steps)
+        return self.decide(context, bias, state, noise, schedule, steps, known)
 
 
 def times_of(sampler: Callable[..., Tensor], steps: int) -> list[tuple[float, float]]:

@@ -35,9 +35,9 @@ def rms_norm(x: Tensor) -> Tensor:
 class Schedule:
     """The constants of N network evaluations at fixed times.
 
-    signals: (N, K, D), see Modulation. offsets: (N, F), the bias of the decoder's first layer and
-    what h adds to it. modulations: as Modulation gives them where no observation changes them,
-    else None.
+    signals: (N + 1, K, D), see Modulation; the last are those of steps that are given, at t = 0
+    and h = 0. offsets: (N, F), the bias of the decoder's first layer and what h adds to it.
+    modulations: as Modulation gives them where no observation changes them, else None.
     """
 
     signals: Tensor
@@ -211,18 +211,28 @@ class FusedDiT(nn.Module):
     def schedule(self, times: Sequence[tuple[float, float]]) -> Schedule:
         """Return the constants of network evaluations at these (t, h)."""
         place = self.place
-        signals, offsets = (place.exact(value) for value in self._times(times))
+        signals, offsets = (place.exact(value) for value in self._times([*times, (0.0, 0.0)]))
         constant = None
         if self.state_encoder is None:
             constant = self.modulation(signals[:, None])
-        return Schedule(signals, place.kept(offsets), constant)
+        return Schedule(signals, place.kept(offsets[:-1]), constant)
 
-    def modulations(self, schedule: Schedule, state: Tensor | None) -> Tensor:
-        """Return the modulation of all evaluations for normalised states (B, P)."""
-        if schedule.modulations is not None:
-            return schedule.modulations
-        embedded = self.state_encoder(state.to(self.place.dtype)).float()
-        return self.modulation(schedule.signals[:, None] + standardize(embedded)[:, None])
+    def modulations(self, schedule: Schedule, state: Tensor | None,
+                    given: Tensor | None = None) -> Tensor:
+        """Return the modulation of all evaluations for normalised states (B, P).
+
+        given: (B, T) bool, steps that are clean; with them the result is of every step.
+        """
+        values = schedule.modulations
+        if values is None:
+            embedded = standardize(self.state_encoder(state.to(self.place.dtype)).float())
+            signals = schedule.signals if given is not None else schedule.signals[:-1]
+            values = self.modulation(signals[:, None] + embedded[:, None])
+        elif given is None:
+            values = values[:-1]
+        if given is None:
+            return values
+        return torch.where(given[..., None], values[-1], values[:-1])
 
     def velocity(self, z: Tensor, modulation: Tensor, offset: Tensor, keys: Tensor,
                  values: Tensor, bias: Tensor | None) -> Tensor:   # z (B, T, A)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -29,6 +30,7 @@ from meanflow_ros.core.fused import FusedNetwork
 from meanflow_ros.core.fused_dit import Schedule
 from meanflow_ros.core.fused_encoder import Placement
 from meanflow_ros.core.policy import Policy, PolicyNetwork
+from meanflow_ros.core.prefix import checked_prefix
 
 PROMPTS_KEPT, SCHEDULES_KEPT = 64, 16
 BUCKET = 64   # tokens; a GPU's matrix products work in tiles of such sizes
@@ -138,33 +140,41 @@ class FastPolicy(Policy):
 
     @torch.inference_mode()
     def act_batch(self, observations: Sequence[Observation], *, steps: int | None = None,
-                  seeds: Sequence[int], noise: Tensor | None = None) -> list[ActionChunk]:
+                  seeds: Sequence[int], noise: Tensor | None = None,
+                  prefixes: Sequence[np.ndarray | None] = ()) -> list[ActionChunk]:
         """Return the chunk of each of B observations, as Policy.act_batch does.
 
         One observation at a time is computed by a CUDA graph, more are not.
         """
+        prefixes = [checked_prefix(prefix, self.robot, self.config.max_prefix)
+                    for prefix in prefixes or [None] * len(observations)]
         with self._on_device():
-            request = self.request(observations, steps or self.config.sampler_steps, seeds, noise)
+            request = self.request(observations, steps or self.config.sampler_steps, seeds, noise,
+                                   prefixes)
             actions = (self._graph_of(request) or self._eager)(request)
-        return [self.chunk(row, observation) for row, observation in zip(actions, observations)]
+        return [self.chunk(row, observation, prefix)
+                for row, observation, prefix in zip(actions, observations, prefixes)]
 
     def warm_up(self, observation: Observation, steps: Sequence[int] = ()) -> str:
         """Compile, and capture the graphs of these NFEs for pictures like the observation's.
 
-        All lengths that a prompt can be padded to are made ready. steps: the checkpoint's own by
-        default. Returns '' or why chunks will be eager.
+        All lengths that a prompt can be padded to are made ready, and prefixes if the network
+        takes them. steps: the checkpoint's own by default. Returns '' or why chunks will be eager.
         """
-        for some in steps or (self.config.sampler_steps,):
-            for index in range(max(1, len(self._lengths))):
-                with torch.inference_mode(), self._on_device():
-                    prompt = self._embedded([clean_instruction(observation.instruction)],
-                                            self._lengths[index:])
-                    request = dataclasses.replace(
-                        self.request([observation], some, [0], None), prompt=prompt)
-                    self._prepare(request)
-                if self._graphs:
-                    self._graphs.wait(request)
-            self.act(observation, steps=some)
+        prefixes = [np.zeros((count, self.robot.action_space.size))
+                    for count in (0, 1)[:1 + (self.config.max_prefix > 0)]]
+        for some, prefix, index in itertools.product(
+                steps or (self.config.sampler_steps,), prefixes,
+                range(max(1, len(self._lengths)))):
+            with torch.inference_mode(), self._on_device():
+                prompt = self._embedded([clean_instruction(observation.instruction)],
+                                        self._lengths[index:])
+                request = dataclasses.replace(
+                    self.request([observation], some, [0], prefixes=[prefix]), prompt=prompt)
+                self._prepare(request)
+            if self._graphs:
+                self._graphs.wait(request)
+        self.act(observation, steps=some)
         return self._why_eager
 
     def _prepare(self, request: Request) -> None:
@@ -223,12 +233,13 @@ class FastPolicy(Policy):
             [group.to(device) for group in pictures],
             request.prompt.embedded, request.prompt.bias,
             torch.from_numpy(request.state).to(device) if request.state.size else None,
-            request.noise.to(device), request.schedule, request.steps)
+            request.noise.to(device), request.schedule, request.steps,
+            tuple(value.to(device) for value in request.known) if request.known else None)
         return actions.double().cpu().numpy()
 
     def request(self, observations: Sequence[Observation], steps: int, seeds: Sequence[int],
-                noise: Tensor | None) -> Request:
-        """Return what the network takes; ValueError as `act` says."""
+                noise: Tensor | None = None, prefixes: Sequence[np.ndarray] = ()) -> Request:
+        """Return what the network takes; ValueError as `act` says. prefixes: checked ones."""
         names = self.robot.camera_names
         for name in names:
             if any(name not in observation.images for observation in observations):
@@ -236,9 +247,13 @@ class FastPolicy(Policy):
         if noise is None:
             noise = torch.cat([self.noise(observation.stamp_ns, seed)
                                for observation, seed in zip(observations, seeds)])
+        state, known = self._states(observations), None
+        if any(map(len, prefixes)):
+            x, given = self.known_steps(prefixes, observations)
+            known = x.float().cpu(), given.cpu()
         return Request(
             images=[[observation.images[name] for name in names] for observation in observations],
-            state=self._states(observations), noise=noise.float().cpu(), steps=steps,
+            state=state, known=known, noise=noise.float().cpu(), steps=steps,
             prompt=self._prompt(tuple(clean_instruction(o.instruction) for o in observations)),
             schedule=self._schedules.get(steps, lambda: self._made(self.fused.schedule(steps))))
 
