@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from meanflow_ros.core.contract import RobotSpec
 from meanflow_ros.core.guard import GuardSettings
 from meanflow_ros.core.limits import RATES, Limits
-from meanflow_ros.core.schema import check_keys, known_or_hint, read_dataclass
+from meanflow_ros.core.schema import check_keys, known_or_hint, read_dataclass, read_yaml
 from meanflow_ros.core.timeline import Mode, OpenLoop, RealTime, RecedingHorizon, TemporalEnsemble
 
 HOLD, DECELERATE, NEUTRAL = 'hold', 'decelerate', 'neutral'
 SAFE_ACTIONS = (HOLD, DECELERATE, NEUTRAL)
+AUTO, ZERO, ANY = 'auto', 'zero', 'any'
 EXECUTION = ('open_loop | receding_horizon[:STEPS] | ensemble[:DECAY[:newest_first]] | '
              'real_time:STEPS')
 TWIST_AXES = ('linear.x', 'linear.y', 'linear.z', 'angular.x', 'angular.y', 'angular.z')
@@ -52,14 +52,15 @@ class JointTrajectoryOutput:
     """Whole chunks for a joint_trajectory_controller.
 
     joints: the controller's names of the dimensions, the same by default. end_velocity: `zero`
-    for controllers that reject a trajectory which ends in motion (the default of Iron and newer),
-    `any` where that is allowed. lead_s: the first point lies at least this far ahead.
+    for controllers that reject a trajectory which ends in motion, as they do by default from Iron
+    on; `any` where that is allowed; `auto` goes by ROS_DISTRO. lead_s: the first point lies at
+    least this far ahead.
     """
 
     topic: str
     dimensions: tuple[str, ...]
     joints: tuple[str, ...] = ()
-    end_velocity: str = 'zero'
+    end_velocity: str = AUTO
     lead_s: float = 0.02
     streams = False
 
@@ -181,6 +182,10 @@ class MotionConfig:
             if joints and len(joints) != len(output.dimensions):
                 raise ValueError(f'output {output.topic!r} has {len(output.dimensions)} '
                                  f'dimensions but {len(joints)} joints')
+            if isinstance(output, GripperOutput) and output.dimension not in space.gripper:
+                raise ValueError(f'output {output.topic!r}: the checkpoint does not say that '
+                                 f'{output.dimension!r} is a gripper, only '
+                                 f'{list(space.gripper) or "nothing"}')
             rates = [name for name in output.dimensions if name in space.rates]
             if isinstance(output, JointTrajectoryOutput) and rates:
                 raise ValueError(f'output {output.topic!r}: {rates[0]!r} is a rate, a trajectory '
@@ -237,10 +242,8 @@ def read_motion(path: Path | str) -> MotionConfig:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f'motion file {path} does not exist')
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f'motion file {path} is larger than {MAX_BYTES} bytes')
     try:
-        document = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+        document = read_yaml(path, MAX_BYTES) or {}
         check_keys(document, [], list(MotionConfig.__dataclass_fields__), 'motion')
         outputs = document.get('outputs', [])
         if not isinstance(outputs, list):
@@ -251,7 +254,7 @@ def read_motion(path: Path | str) -> MotionConfig:
         fields = {**document, 'outputs': tuple(
             _read_output(output, f'outputs[{index}]') for index, output in enumerate(outputs))}
         return read_dataclass(MotionConfig, fields, 'motion')
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
 
 
@@ -265,8 +268,8 @@ def _read_output(mapping, path: str):
                                             if key != 'type'}, path)
     if not output.dimensions:
         raise ValueError(f'{path} carries no dimension')
-    if isinstance(output, JointTrajectoryOutput) and output.end_velocity not in ('zero', 'any'):
-        raise ValueError(f"{path}.end_velocity must be 'zero' or 'any', "
+    if isinstance(output, JointTrajectoryOutput) and output.end_velocity not in (AUTO, ZERO, ANY):
+        raise ValueError(f'{path}.end_velocity must be {AUTO}, {ZERO} or {ANY}, '
                          f'got {output.end_velocity!r}')
     if isinstance(output, JointTrajectoryOutput) and not 0 <= output.lead_s <= 10:
         raise ValueError(f'{path}.lead_s must be 0 to 10, got {output.lead_s}')
