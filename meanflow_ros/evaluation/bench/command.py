@@ -35,9 +35,16 @@ class Bench:
             'preset': arguments.preset or str(arguments.checkpoint), 'cameras': arguments.cameras,
             'pictures': f'{arguments.width}x{arguments.height}', 'problems': []}
 
+    @property
+    def of_node(self) -> bool:
+        """Return whether it is measured through ROS."""
+        return self._arguments.node
+
     def run(self) -> None:
         """Measure every part that was asked for; a part that fails is told and left out."""
-        for part in (self._ceilings, self._own, self._start, self._flower):
+        parts = (self._node,) if self.of_node else (
+            self._ceilings, self._own, self._start, self._flower)
+        for part in parts:
             if part.__name__.strip('_') not in self._arguments.skip:
                 try:
                     part()
@@ -157,6 +164,23 @@ class Bench:
                 self.results.setdefault('start', {})[name] = found
                 print(f'{name} start: first chunk after {found["first_chunk_s"]} s', flush=True)
 
+    def _node(self) -> None:
+        from meanflow_ros.evaluation.bench.node import measure_node   # needs ROS
+        arguments = self._arguments
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = arguments.checkpoint
+            if checkpoint is None:
+                checkpoint = Path(folder) / 'policy'
+                self._policy().save(checkpoint, dtype=torch.bfloat16)
+                release()
+            found = measure_node(
+                checkpoint, device=arguments.device, width=arguments.width,
+                height=arguments.height, threads=arguments.threads, runs=arguments.runs,
+                compressed=arguments.compressed, rate_hz=arguments.rate,
+                minutes=arguments.minutes)
+        self.results['node'] = found
+        print(json.dumps(found, indent=1), flush=True)
+
     def _write(self) -> None:
         if self._arguments.out:
             self._arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -204,6 +228,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         choices=('ceilings', 'flower', 'own', 'start'), help='parts to leave out')
     parser.add_argument('--rows', nargs='+', default=[''], metavar='WORDS',
                         help='only the rows whose name contains any of these')
+    parser.add_argument('--node', action='store_true',
+                        help='measure through ROS 2 instead: publication to arrival')
+    parser.add_argument('--compressed', action='store_true', help='with --node: JPEG pictures')
+    parser.add_argument('--rate', type=float, default=30.0, help='with --minutes; default 30 Hz')
+    parser.add_argument('--minutes', type=float, default=0.0,
+                        help='with --node: then publish at --rate for so long; default 0')
     parser.add_argument('--cache', type=Path, help='directory of what is compiled')
     parser.add_argument('--profile', type=Path, help='directory for a table of kernels per row')
     parser.add_argument('--out', type=Path, help='JSON file')
@@ -219,7 +249,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the `bench` command."""
     bench = Bench(parse(argv))
-    print(HEAD, flush=True)
+    if not bench.of_node:
+        print(HEAD, flush=True)
     bench.run()
     return 1 if bench.results['problems'] else 0
 
