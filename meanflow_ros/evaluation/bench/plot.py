@@ -29,7 +29,7 @@ def draw(path: Path, documents: list[dict]) -> None:
                     fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale('log')
-    axes.set_xlim(right=2.2 * max(row['host_ms']['p99'] for row in rows))
+    axes.set_xlim(left=1.0, right=2.2 * max(row['host_ms']['p99'] for row in rows))
     axes.set_xlabel('pictures in memory to chunk, ms: median, and a line to the 99th percentile')
     axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(path, dpi=140)
