@@ -302,8 +302,8 @@ def data(tmp_path_factory):
     return training_rig.make_data(tmp_path_factory.mktemp('prefix'))
 
 
-def objective(data, spoiled=None, prefix=None, **changes):
-    """Return the loss of a fixed batch, with the noise `spoiled` and the lengths `prefix`."""
+def objective(data, spoiled=None, prefix=None, executed=None, **changes):
+    """Return the loss of a fixed batch; noise `spoiled`, lengths `prefix`, steps `executed`."""
     settings = training_rig.config(batch_size=6, **changes)
     torch.manual_seed(3)
     policy = train_module.make_policy(settings, data)
@@ -316,6 +316,8 @@ def objective(data, spoiled=None, prefix=None, **changes):
     ((part, moving),) = train_module.parts_of(batch, settings, 0, training_rig.ALONE)
     if prefix is not None:
         part['prefix'] = torch.full_like(part['prefix'], prefix)
+    if executed is not None:
+        part['executed'][:, executed] += 0.2
     if spoiled is not None:
         part['e'][:, spoiled] = 7.0
     result = loss(part, moving)
@@ -333,6 +335,8 @@ def test_the_training_loss_is_of_the_steps_after_the_prefix(data, monkeypatch, n
     assert objective(data, spoiled=slice(0, 2), prefix=2, **options)[0] == value
     if name != 'l1':
         assert objective(data, spoiled=slice(2, 3), prefix=2, **options)[0] != value
+    assert objective(data, executed=slice(2, 5), prefix=2, **options)[0] == value
+    assert abs(objective(data, executed=slice(1, 2), prefix=2, **options)[0] - value) > 1e-6
     without = objective(data, prefix=0, **options)[0]
     plain = objective(data, **{**options, 'max_prefix': 0})[0]
     assert without == pytest.approx(plain, rel=1e-5) and abs(without - value) > 1e-4

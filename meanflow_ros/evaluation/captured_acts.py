@@ -66,10 +66,11 @@ class CapturedActs:
 
     @torch.inference_mode()
     def __call__(self, observations: list[Observation], noise_seeds: list[int],
-                 prefixes: list[np.ndarray]) -> list[ActionChunk]:
+                 prefixes: Sequence[np.ndarray] = ()) -> list[ActionChunk]:
         """Return the chunk of each observation, which continues its prefix."""
         robot, longest = self.robot, self._policy.config.max_prefix
-        prefixes = [checked_prefix(prefix, robot, longest) for prefix in prefixes]
+        prefixes = [checked_prefix(prefix, robot, longest)
+                    for prefix in prefixes or [None] * len(observations)]
         chunks = []
         for start in range(0, len(observations), BATCH):
             own = slice(start, start + BATCH)

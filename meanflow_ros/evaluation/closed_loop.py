@@ -42,7 +42,7 @@ class ActBatch(Protocol):
     robot: RobotSpec
 
     def __call__(self, observations: list[Observation], noise_seeds: list[int],
-                 prefixes: list[np.ndarray]) -> list[ActionChunk]:
+                 prefixes: Sequence[np.ndarray] = ()) -> list[ActionChunk]:
         """Return the chunk of each observation, which continues its prefix (n, A), n from 0 on."""
 
 
@@ -59,7 +59,7 @@ class PolicyActs:
         return self.policy.robot
 
     def __call__(self, observations: list[Observation], noise_seeds: list[int],
-                 prefixes: list[np.ndarray]) -> list[ActionChunk]:
+                 prefixes: Sequence[np.ndarray] = ()) -> list[ActionChunk]:
         """Return the chunk of each observation, which continues its prefix."""
         return self.policy.act_batch(observations, steps=self.steps, seeds=noise_seeds,
                                      prefixes=prefixes)

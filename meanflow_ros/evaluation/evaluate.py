@@ -61,8 +61,9 @@ def _without_ros(arguments: argparse.Namespace, checkpoint: Path, jobs,
     cells = cells_of(arguments.execution, arguments.delay_steps, policy.robot,
                      policy.config.max_prefix)
     jobs = [Job(policy='policy', task=task, seed=seed, instruction=instruction,
-                noise_seed=arguments.seed, blank_cameras=tuple(arguments.blank_camera),
-                execution=cell.execution, delay_steps=cell.delay_steps, smoothness=True)
+                noise_seed=arguments.seed + seed - EVALUATION_SEED_START,
+                blank_cameras=tuple(arguments.blank_camera), execution=cell.execution,
+                delay_steps=cell.delay_steps, smoothness=True)
             for task, seed, instruction in jobs for cell in cells]
     return run_episodes({'policy': make_act(policy, arguments.sampler_steps)}, jobs,
                         arguments.workers, progress=lambda _, result: progress(result),

@@ -2,7 +2,7 @@
 
 Neither picture nor instruction tells which mode a demonstration takes. With M modes every layout
 belongs to M seeds in a row and is shown once in each mode, in random order, so that what is seen
-never tells the mode. Between the modes lies what ends the attempt: a wall, or a slot.
+never tells the mode. Between the modes lies what ends the attempt: a wall, a block, or a slot.
 
 With two modes any command in between has the same absolute error, and only the tails and the
 network decide where a regression ends. With three modes around the start the median of every
@@ -114,13 +114,14 @@ class _ManyModes(SawyerXYZEnv):
 
 
 class _PassBy(_ManyModes):
-    """Touch a ball behind an obstacle, which fails when it is touched itself.
+    """Touch a ball behind an obstacle; touching the obstacle fails.
 
-    The hand goes along one axis of the table and passes the obstacle on either side of the other.
-    layout: where the obstacle is across, and where the ball is across and along.
+    The hand goes along one axis of the table and passes the obstacle on either side, across.
+    layout: where the obstacle is across, and where the ball is across and along. across: 0 for x,
+    1 for y.
     """
 
-    across: int   # 0 for x, 1 for y
+    across: int
     _HALF: np.ndarray        # half sizes of the obstacle: across, along, up
     _AT: float               # of its middle, along
     _COLOUR: tuple[float, float, float, float]
