@@ -68,6 +68,7 @@ setup(
         'console_scripts': [
             'policy_node = meanflow_ros.ros.policy_node:main',
             'sim_node = meanflow_ros.sim.sim_node:main',
+            'bench = meanflow_ros.evaluation.bench.command:main',
             'benchmark = meanflow_ros.evaluation.benchmark:main',
             'export_lerobot = meanflow_ros.training.export_lerobot:main',
             'train = meanflow_ros.training.train:main',

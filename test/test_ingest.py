@@ -1,5 +1,7 @@
 """Streams of messages to one observation, or to the reason why there is none."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import cv2
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from meanflow_ros.core.contract import ActionSpace, CameraSpec, RobotSpec
+from meanflow_ros.ros import from_messages
 from meanflow_ros.ros.ingest import Ingest
 from meanflow_ros.ros.streams import IngestLimits, NoObservation
 
@@ -398,6 +401,41 @@ def test_a_picture_that_differs_behind_its_first_bytes_is_no_repeat():
         large[-1] = number
         ingest.add_image('front', picture(T0 + number, width=300, height=20, step=900,
                                           data=bytes(large)), now_ns=T0)
+
+
+def jpeg(stamp_ns, value):
+    _, data = cv2.imencode('.png', np.full((2, 3, 3), value, np.uint8))
+    return SimpleNamespace(header=header(stamp_ns), format='png', data=data.tobytes())
+
+
+def test_compressed_pictures_are_decoded_ahead_and_one_that_waits_is_overtaken(monkeypatch):
+    go, where, decode = threading.Event(), [], from_messages.compressed_image
+
+    def slow(message):
+        where.append(threading.current_thread().name)
+        assert go.wait(20)
+        return decode(message)
+
+    monkeypatch.setattr(from_messages, 'compressed_image', slow)
+    with ThreadPoolExecutor(1, thread_name_prefix='decode') as decoder:
+        ingest = Ingest(ROBOT, decoder=decoder)
+        for number in range(3):
+            stamp_ns = T0 + number * 10 * MS
+            feed(ingest, stamp_ns, leave_out=('wrist',))
+            ingest.add_compressed_image('wrist', jpeg(stamp_ns, 50 + number), now_ns=stamp_ns)
+        go.set()
+        assert ingest.observe(now_ns=stamp_ns).images['wrist'][0, 0, 0] == 52
+    assert len(where) == 2 and all(name.startswith('decode') for name in where)
+
+
+def test_a_broken_picture_that_was_decoded_ahead_is_named():
+    with ThreadPoolExecutor(1) as decoder:
+        ingest = Ingest(ROBOT, decoder=decoder)
+        feed(ingest, T0, leave_out=('wrist',))
+        message = jpeg(T0, 3)
+        message.data = message.data[:45]   # the header is whole
+        ingest.add_compressed_image('wrist', message, now_ns=T0)
+        assert why_not(ingest, T0).stream == 'camera/wrist'
 
 
 def test_a_compressed_camera_that_repeats_its_bytes_is_frozen_too():

@@ -17,7 +17,7 @@ import torch  # noqa: E402, I001
 from sensor_msgs.msg import CompressedImage  # noqa: E402
 
 from meanflow_ros.core.contract import ActionChunk  # noqa: E402
-from meanflow_ros.core.policy import Policy  # noqa: E402
+from meanflow_ros.core.runtime import FastPolicy  # noqa: E402
 from meanflow_ros.ros import policy_node, to_messages  # noqa: E402
 from micro_policy import (  # noqa: E402
     CAMERAS, DIMENSIONS, FIRST_STEP, HORIZON, LOWER, PERIOD_S, UPPER)
@@ -31,7 +31,7 @@ def reference(micro_checkpoint):
     """Return the checkpoint, loaded apart from any node, on one thread as in the node."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Policy.load(micro_checkpoint)
+    yield FastPolicy.load(micro_checkpoint)
     torch.set_num_threads(threads)
 
 

@@ -65,6 +65,16 @@ class NodeProcess:
             raise SystemFault(f'{self.name} ended with code {code}; the end of {self.log}:\n'
                                f'  {tail}')
 
+    def cpu_s(self) -> float:
+        """Return the processor time that it has used, seconds."""
+        fields = Path(f'/proc/{self._child.pid}/stat').read_text().rsplit(')', 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+    def memory_mib(self) -> float:
+        """Return the memory that it holds (resident), MiB."""
+        pages = int(Path(f'/proc/{self._child.pid}/statm').read_text().split()[1])
+        return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
+
     def stop(self) -> None:
         if self._child.poll() is None:
             self._child.send_signal(signal.SIGINT)

@@ -11,6 +11,7 @@ differs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 
 import numpy as np
 
@@ -31,11 +32,16 @@ ASPECT_TOLERANCE = 0.01   # of width / height
 
 
 class Ingest:
-    """Buffers of every stream that a robot's policy needs. Not thread-safe: one lock outside."""
+    """Buffers of every stream that a robot's policy needs. Not thread-safe: one lock outside.
+
+    decoder: where compressed pictures are decoded when they come; else it is when they are used.
+    """
 
     def __init__(self, robot: RobotSpec, *, limits: IngestLimits | None = None,
-                 default_instruction: str = ''):
+                 default_instruction: str = '', decoder: Executor | None = None):
         self._robot = robot
+        self._decoder = decoder
+        self._decoding: dict[str, Future] = {}
         self._limits = limits or IngestLimits()
         self._default_instruction = (clean_instruction(default_instruction)
                                      if default_instruction else '')
@@ -74,9 +80,26 @@ class Ingest:
         self._add(camera, message, now_ns, from_messages.check_image, from_messages.image)
 
     def add_compressed_image(self, camera: str, message, *, now_ns: int) -> None:
-        """Take a sensor_msgs/CompressedImage; it is decoded when it is used."""
+        """Take a sensor_msgs/CompressedImage; it is decoded when it is used, or by the decoder."""
         self._add(camera, message, now_ns, from_messages.check_compressed_image,
                   from_messages.compressed_image)
+        if self._decoder:
+            stamp_ns, _ = self._cameras[camera].items[-1]
+            self._cameras[camera].items[-1] = stamp_ns, (
+                message, self._decoding_ahead(camera, message))
+
+    def _decoding_ahead(self, camera: str, message) -> Callable:
+        """Return what gives the picture that is being decoded; one that waits is overtaken."""
+        future = self._decoder.submit(from_messages.compressed_image, message)
+        if camera in self._decoding:
+            self._decoding[camera].cancel()
+        self._decoding[camera] = future
+
+        def decoded(message) -> np.ndarray:
+            if future.cancelled():
+                return from_messages.compressed_image(message)
+            return future.result()
+        return decoded
 
     def add_serialized(self, camera: str, data: bytes, type_name: str, *, now_ns: int) -> None:
         """Take a serialised picture of either type, as a raw subscription gives it."""

@@ -62,6 +62,8 @@ DECLARATIONS = (
                 pattern='auto|float32|bfloat16'),
     Declaration('threads', 0, 'CPU threads of the network; 0 leaves the choice to PyTorch.',
                 minimum=0, maximum=256),
+    Declaration('compile', False, "Compile the network's blocks, which can take minutes the first "
+                'time; the result is kept beside the checkpoint.'),
     Declaration('instruction', '', 'Instruction until one arrives on the topic; empty for none.'),
     Declaration('image_transport', 'raw', 'Subscribe to image_raw, or to image_raw/compressed.',
                 pattern='raw|compressed'),
@@ -99,6 +101,7 @@ class PolicyParameters:
     device: str
     dtype: str
     threads: int
+    compile: bool
     instruction: str
     image_transport: str
     max_age_s: float

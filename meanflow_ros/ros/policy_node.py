@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import rclpy
@@ -31,7 +32,8 @@ from trajectory_msgs.msg import JointTrajectory
 
 from meanflow_ros.core.contract import NANOSECONDS, Observation
 from meanflow_ros.core.guard import Rejected
-from meanflow_ros.core.policy import DTYPES, Policy
+from meanflow_ros.core.policy import DTYPES
+from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions
 from meanflow_ros.core.timeline import Prefix
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
@@ -42,6 +44,7 @@ from meanflow_ros.ros.status import Status
 from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
 
 WARM_UP_RUNS = 5
+DECODING_THREADS = 2
 POLL_S = 0.1
 THREAD_SWITCH_S = 0.0005  # Python's 5 ms would hold back the inference thread
 FIRST_INPUT_S = 2.0  # silence about inputs that have not come yet
@@ -75,9 +78,10 @@ class PolicyNode(LifecycleNode):
         super().__init__('meanflow_policy', **kwargs)
         self._inputs = threading.Condition()      # an RLock: guards what callbacks share
         self._active = False
-        self._policy: Policy | None = None
+        self._policy: FastPolicy | None = None
         self._thread: threading.Thread | None = None
         self._sensors: list[AdaptiveSubscription] = []
+        self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix='decode')
         self._status = Status()
         self._inferring_since_s: float | None = None
         self._control = MotionControl(self, self._inputs, self._now_ns, self._why_no_chunk)
@@ -115,19 +119,19 @@ class PolicyNode(LifecycleNode):
 
     def _configure(self, settings: parameters.PolicyParameters) -> None:
         device = choose_device(settings.device)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         path = settings.checkpoint or default_checkpoint()
-        policy = Policy.load(path, device=device, dtype=choose_dtype(settings.dtype, device))
+        policy = FastPolicy.load(
+            path, device=device, dtype=choose_dtype(settings.dtype, device),
+            options=RuntimeOptions(compile=settings.compile, threads=settings.threads))
         robot = policy.robot
         if settings.robot and settings.robot != robot.robot:
             raise ValueError(f'checkpoint {path} is for robot {robot.robot!r}, '
                              f'this node is for {settings.robot!r}')
-        latencies = [self._warm_up(policy, settings) for _ in range(WARM_UP_RUNS)]
+        latencies = self._warm_up(policy, settings)
         self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
             max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s,
             min_rate_hz=settings.min_rate_hz, frozen_pictures=settings.frozen_pictures,
-            picture_size=settings.picture_size))
+            picture_size=settings.picture_size), decoder=self._decoder)
         self._control.configure(policy, settings)
         self._status = Status()
         self._policy = policy
@@ -140,16 +144,23 @@ class PolicyNode(LifecycleNode):
             f'{robot.horizon} steps of {robot.period_s * 1e3:g} ms; {device} {policy.dtype}, '
             f'NFE {settings.sampler_steps or policy.config.sampler_steps}, warm latency '
             f'{np.median(latencies) * 1e3:.1f} ms, memory {_memory_mib(device):.0f} MiB')
+        for what, why in _how_it_runs(policy).items():
+            self.get_logger().info(f'{what}: {why}')
 
-    def _warm_up(self, policy: Policy, settings: parameters.PolicyParameters) -> float:
+    def _warm_up(self, policy: FastPolicy, settings: parameters.PolicyParameters) -> list[float]:
         robot = policy.robot
         images = {camera.name: np.zeros((camera.height, camera.width, 3), np.uint8)
                   for camera in robot.cameras}
-        start = time.perf_counter()
-        policy.act(Observation(stamp_ns=0, images=images, instruction='warm up',
-                               state=np.zeros(len(robot.state_names))),
-                   steps=settings.sampler_steps or None)
-        return time.perf_counter() - start
+        observation = Observation(stamp_ns=0, images=images, instruction='warm up',
+                                  state=np.zeros(len(robot.state_names)))
+        steps = settings.sampler_steps or policy.config.sampler_steps
+        policy.warm_up(observation, [steps])
+        latencies = []
+        for _ in range(WARM_UP_RUNS):
+            start = time.perf_counter()
+            policy.act(observation, steps=steps)
+            latencies.append(time.perf_counter() - start)
+        return latencies
 
     def _connect(self, settings: parameters.PolicyParameters) -> None:
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -208,11 +219,12 @@ class PolicyNode(LifecycleNode):
         self._control.release()
         with self._inputs:
             self._active = False
-            self._policy = None
+            policy, self._policy = self._policy, None
             self._inputs.notify_all()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            policy.close()
             self.destroy_lifecycle_publisher(self._chunks)
             self.destroy_service(self._reset_service)
             self.destroy_subscription(self._instruction)
@@ -279,7 +291,7 @@ class PolicyNode(LifecycleNode):
 
     # Inference thread
 
-    def _infer_forever(self, policy: Policy) -> None:
+    def _infer_forever(self, policy: FastPolicy) -> None:
         while True:
             with self._inputs:
                 self._inputs.wait(POLL_S)
@@ -316,7 +328,7 @@ class PolicyNode(LifecycleNode):
         self._status.last_stamp_ns = observation.stamp_ns
         return observation
 
-    def _infer(self, policy: Policy, observation: Observation, epoch: int,
+    def _infer(self, policy: FastPolicy, observation: Observation, epoch: int,
                prefix: Prefix | None) -> None:
         steps = self.get_parameter('sampler_steps').value or None
         start = time.perf_counter()
@@ -396,7 +408,7 @@ class PolicyNode(LifecycleNode):
             now_ns = self.get_clock().now().nanoseconds
             values |= {'robot': policy.robot.robot, 'dtype': str(policy.dtype),
                        'sampler_steps': self.get_parameter('sampler_steps').value
-                       or policy.config.sampler_steps}
+                       or policy.config.sampler_steps, **_how_it_runs(policy)}
             for name, stamp in self._ingest.newest_stamps_ns().items():
                 values[f'age {name}'] = ('never received' if stamp is None
                                          else f'{(now_ns - stamp) / NANOSECONDS:.3f} s')
@@ -413,6 +425,13 @@ class PolicyNode(LifecycleNode):
         return to_messages.diagnostic_status(
             f'{self.get_fully_qualified_name()}: policy', level, message,
             str(policy.device) if policy else '', values)
+
+
+def _how_it_runs(policy: FastPolicy) -> dict[str, str]:
+    """Return why chunks are not computed by a CUDA graph, by compiled blocks or by kernels."""
+    return {what: why or 'yes' for what, why in (
+        ('CUDA graph', policy.why_eager), ('compiled', policy.why_not_compiled),
+        ('kernels', policy.why_no_kernels))}
 
 
 def _memory_mib(device: torch.device) -> float:

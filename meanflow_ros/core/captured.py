@@ -1,0 +1,287 @@
+"""CUDA graphs of a FusedNetwork, from pictures in host memory to actions in host memory.
+
+A graph is fixed to addresses and to a GraphShape. It is captured on a thread of its own while
+chunks go on being computed eagerly. Three streams keep the two apart: a stream has a workspace of
+cuBLAS of its own, and what a graph was captured with may be used by nothing that runs beside it.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meanflow_ros.core.fused import FusedNetwork
+from meanflow_ros.core.fused_dit import Schedule
+
+# Pictures are read-only, and are only read.
+warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
+
+WARM_UP_RUNS = 3
+MAX_GRAPHS = 12
+GRAPH_TOLERANCE = 1e-3   # of the first replay to the eager run, in normalised units
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """What a graph is fixed to.
+
+    sizes: height and width of each camera's pictures. steps: NFE. length: of the sequence, visual
+    tokens and prompt. known: whether steps are given.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    steps: int
+    length: int
+    known: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompts as the network takes them, see PromptEmbedding."""
+
+    embedded: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One inference of B observations.
+
+    images: for each observation, the picture of each camera. state: (B, P) float32, P may be 0.
+    noise: (B, T, A) on the CPU. known: steps that are given, see FusedNetwork.decide, on the CPU.
+    """
+
+    images: Sequence[Sequence[np.ndarray]]
+    state: np.ndarray
+    noise: Tensor
+    prompt: Prompt
+    schedule: Schedule
+    steps: int
+    known: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return height and width of each camera's pictures."""
+        return tuple(image.shape[:2] for image in self.images[0])
+
+    @property
+    def shape(self) -> GraphShape:
+        """Return what a graph for this must be fixed to."""
+        length = self.prompt.bias.shape[-1] if self.prompt.bias is not None else 0
+        return GraphShape(self.sizes, self.steps, length, self.known is not None)
+
+
+def picture_shapes(batch: int, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+    """Return the shapes (B, cameras, H, W, 3) in which pictures lie: one if all have one size."""
+    if len(set(sizes)) == 1:
+        return [(batch, len(sizes), *sizes[0], 3)]
+    return [(batch, 1, *size, 3) for size in sizes]
+
+
+def lay_out(pictures: Sequence[Tensor], images: Sequence[Sequence[np.ndarray]]) -> None:
+    """Copy images into tensors of `picture_shapes`, by several threads where they are large."""
+    for row, of_observation in enumerate(images):
+        places = [camera for group in pictures for camera in group[row]]
+        for place, image in zip(places, of_observation):
+            place.copy_(torch.from_numpy(image))
+
+
+def _numbers(request: Request) -> list[Tensor]:
+    """Return state, noise, and known steps if there are any, as float32."""
+    return [torch.from_numpy(request.state), request.noise,
+            *(value.float() for value in request.known or ())]
+
+
+class StaticAct:
+    """One inference on buffers that never move, of batch 1: what a graph is captured from.
+
+    Where host memory can be pinned the copies to and from the device are part of it; elsewhere
+    (a CPU, or a device that shares the host's memory) they are made before and after.
+    """
+
+    def __init__(self, network: FusedNetwork, request: Request, *, pinned: bool):
+        device, dtype = network.place.device, network.place.dtype
+        self._network, self._pinned = network, pinned
+        self._schedule, self._steps = request.schedule, request.steps
+        shapes = picture_shapes(1, request.sizes)
+        self._host = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for shape in shapes]
+        numbers = _numbers(request)
+        self._host.append(torch.zeros(sum(map(torch.Tensor.numel, numbers)), pin_memory=pinned))
+        self._device = [torch.empty_like(host, device=device) for host in self._host]
+        parts = self._device[-1].split([part.numel() for part in numbers])
+        self._state, self._noise, *self._known = (
+            part.view(like.shape) for part, like in zip(parts, numbers))
+        self._prompt: Prompt | None = None
+        self._embedded = torch.zeros_like(request.prompt.embedded, device=device, dtype=dtype)
+        self._bias = torch.zeros_like(request.prompt.bias, device=device, dtype=dtype)
+        self._actions = torch.zeros(1, request.noise.shape[1], network.dit.action_size,
+                                    device=device)
+        self._result = torch.zeros(self._actions.shape, pin_memory=pinned)
+
+    def load(self, request: Request) -> None:
+        """Put a request into the buffers."""
+        lay_out(self._host[:-1], request.images)
+        torch.cat([part.flatten() for part in _numbers(request)], out=self._host[-1])
+        if request.prompt is not self._prompt:
+            self._embedded.copy_(request.prompt.embedded)
+            self._bias.copy_(request.prompt.bias)
+            self._prompt = request.prompt
+        if not self._pinned:
+            self._upload()
+
+    def run(self) -> None:
+        """Compute the actions of what is in the buffers; this is what is captured."""
+        if self._pinned:
+            self._upload()
+        known = (self._known[0], self._known[1] > 0) if self._known else None
+        self._actions.copy_(self._network(
+            self._device[:-1], self._embedded, self._bias,
+            self._state if self._state.numel() else None, self._noise, self._schedule,
+            self._steps, known))
+        if self._pinned:
+            self._result.copy_(self._actions, non_blocking=True)
+
+    def result(self) -> np.ndarray:
+        """Return the actions (1, T, A), once the device is done."""
+        if not self._pinned:
+            self._result.copy_(self._actions)
+        return self._result.numpy().astype(np.float64)
+
+    def _upload(self) -> None:
+        for host, device in zip(self._host, self._device):
+            device.copy_(host, non_blocking=True)
+
+
+class CudaGraphs:
+    """Captures StaticActs of one network as CUDA graphs; use it from one thread only.
+
+    device_lock: held while anything that shares memory with the graphs runs on the device.
+    """
+
+    def __init__(self, network: FusedNetwork, device_lock: threading.Lock):
+        self._network, self._device_lock = network, device_lock
+        device = network.place.device
+        # Memory that a chip shares with the host is slow to read where it is pinned.
+        self._pinned = not getattr(torch.cuda.get_device_properties(device), 'is_integrated', 0)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._warm, self._stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):   # its workspace is not to lie in a graph's memory
+            one = torch.ones(64, 64, device=device, dtype=network.place.dtype)
+            torch.addmm(one[0], one, one)
+        self._stream.synchronize()
+
+    @torch.inference_mode()
+    def capture(self, request: Request) -> Callable[[Request], np.ndarray]:
+        """Return what computes requests of this one's shape; RuntimeError says why it cannot."""
+        with torch.cuda.stream(self._warm):
+            act = StaticAct(self._network, request, pinned=self._pinned)
+            act.load(request)
+            for _ in range(WARM_UP_RUNS):
+                act.run()
+            self._warm.synchronize()
+            expected = act.result()
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph(): it collects garbage and empties caches, which stalls inference.
+        # thread_local: other threads use the device meanwhile.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode='thread_local')
+            try:
+                act.run()
+            finally:
+                graph.capture_end()
+
+        def replay(request: Request) -> np.ndarray:
+            act.load(request)
+            graph.replay()
+            torch.cuda.current_stream().synchronize()
+            return act.result()
+
+        with self._device_lock, torch.cuda.stream(self._warm):
+            difference = np.abs(replay(request) - expected).max()
+        if not difference <= GRAPH_TOLERANCE:
+            raise RuntimeError(f'the graph is {difference:.2g} off the eager run')
+        return replay
+
+
+class GraphCache:
+    """The graphs that there are, by shape; those that are missing are captured in the background.
+
+    make: returns a maker of graphs, called on the thread that captures. limit: graphs kept, those
+    used last. What could not be captured is not tried again; `why` says what was wrong.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[Request], Callable]], *,
+                 limit: int = MAX_GRAPHS):
+        self._make, self._limit, self._capture = make, limit, None
+        self._lock = threading.Lock()
+        self._graphs: OrderedDict[GraphShape, Callable[[Request], np.ndarray]] = OrderedDict()
+        self._pending: dict[GraphShape, Future] = {}
+        self._failed: OrderedDict[GraphShape, str] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix='capture')
+
+    def find(self, request: Request) -> Callable[[Request], np.ndarray] | None:
+        """Return the graph for a request, or None and see to it that there will be one."""
+        with self._lock:
+            if request.shape in self._graphs:
+                self._graphs.move_to_end(request.shape)
+                return self._graphs[request.shape]
+        self._begin(request)
+        return None
+
+    def wait(self, request: Request) -> None:
+        """Return once the graph for a request is there, or known to be impossible."""
+        with self._lock:
+            if request.shape in self._graphs:
+                return
+        pending = self._begin(request)
+        if pending is not None:
+            pending.result()
+
+    def why(self, shape: GraphShape) -> str:
+        """Return why there is no graph of this shape; '' if there is one."""
+        with self._lock:
+            if shape in self._graphs:
+                return ''
+            return self._failed.get(shape, 'its graph is being captured')
+
+    def close(self) -> None:
+        """Forget all graphs, and capture no more."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            self._graphs.clear()
+            self._capture = None
+
+    def _begin(self, request: Request) -> Future | None:
+        shape = request.shape
+        with self._lock:
+            if shape in self._failed:
+                return None
+            if shape not in self._pending:
+                self._pending[shape] = self._thread.submit(self._add, request)
+            return self._pending[shape]
+
+    def _add(self, request: Request) -> None:
+        shape, graph, problem = request.shape, None, ''
+        try:
+            self._capture = self._capture or self._make()
+            graph = self._capture(request)
+        except Exception as error:  # whatever a driver says; eager inference goes on
+            problem = f'its graph cannot be captured: {type(error).__name__}: {error}'
+        with self._lock:
+            del self._pending[shape]
+            if graph is None:
+                self._failed[shape] = problem
+                while len(self._failed) > self._limit:
+                    self._failed.popitem(last=False)
+                return
+            self._graphs[shape] = graph
+            while len(self._graphs) > self._limit:
+                self._graphs.popitem(last=False)

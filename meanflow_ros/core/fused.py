@@ -1,0 +1,95 @@
+"""A PolicyNetwork with all that is constant computed once, in three parts that run in order.
+
+    see: pictures of all cameras -> visual tokens      read: these and the prompt -> context
+    decide: context, state and noise -> actions
+
+The constants are of one action space, horizon and number of cameras: those of a policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meanflow_ros.core import meanflow
+from meanflow_ros.core.fused_dit import FusedDiT, Schedule
+from meanflow_ros.core.fused_encoder import FusedText, FusedVision, Placement, PromptEmbedding
+from meanflow_ros.core.policy import Policy
+
+
+class FusedNetwork(nn.Module):
+    """What Policy computes between the pictures' bytes and the normalised actions.
+
+    shifts: see VisionBlock; True where the parts will be compiled.
+    """
+
+    def __init__(self, policy: Policy, place: Placement, *, shifts: bool = False):
+        super().__init__()
+        encoder, robot = policy.network.encoder, policy.robot
+        self.image_size = encoder.config.image_size
+        self.register_buffer('mean', place.exact(encoder.mean).view(3))
+        self.see = FusedVision(encoder, len(robot.cameras), place, shifts=shifts)
+        self.read = FusedText(encoder, place)
+        self.dit = FusedDiT(policy.network.dit, robot.action_space.name, robot.horizon, place)
+        self.embed_prompts = PromptEmbedding(
+            encoder, len(robot.cameras) * self.see.tokens, place)
+        self.sampler = meanflow.SAMPLERS[policy.config.sampler]
+        self.place = place
+
+    def schedule(self, steps: int) -> Schedule:
+        """Return the constants of `steps` network evaluations; ValueError below 1."""
+        return self.dit.schedule(times_of(self.sampler, steps))
+
+    def prepare(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Resize pictures, (B, cameras, H, W, 3) uint8 a size -> (B, C, S, S, 3) less the mean."""
+        size = (self.image_size, self.image_size)
+        resized = []
+        for group in pictures:
+            pixels = group.flatten(0, 1).movedim(-1, 1).float()    # a channels-last view
+            if pixels.shape[-2:] != size:
+                pixels = F.interpolate(pixels, size, mode='bilinear', antialias=True,
+                                       align_corners=False)
+            resized.append(pixels.movedim(1, -1).unflatten(0, group.shape[:2]))
+        together = resized[0] if len(resized) == 1 else torch.cat(resized, dim=1)
+        return (together - self.mean).to(self.place.dtype)
+
+    def decide(self, context: Tensor, bias: Tensor | None, state: Tensor | None, noise: Tensor,
+               schedule: Schedule, steps: int,
+               known: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return actions (B, T, A) in [-1, 1] from noise (B, T, A).
+
+        known: x (B, T, A) and which of its steps are given (B, T), see `meanflow.with_prefix`.
+        """
+        keys, values = self.dit.keys_and_values(context)
+        modulations = self.dit.modulations(schedule, state, known[1] if known else None)
+        constants = iter(zip(modulations, schedule.offsets))
+
+        def u(z: Tensor, *, t: Tensor, h: Tensor, rows: None = None) -> Tensor:
+            modulation, offset = next(constants)
+            return self.dit.velocity(z, modulation, offset, keys, values, bias)
+
+        if known:
+            u = meanflow.with_prefix(u, known[0][..., :self.dit.action_size], known[1])
+        return self.sampler(u, noise[..., :self.dit.action_size], steps=steps)
+
+    def forward(self, pictures: Sequence[Tensor], prompt: Tensor, bias: Tensor | None,
+                state: Tensor | None, noise: Tensor, schedule: Schedule, steps: int,
+                known: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return actions (B, T, A) in [-1, 1]."""
+        context = self.read(self.see(self.prepare(pictures)), prompt, bias)
+        return self.decide(context, bias, state, noise, schedule, steps, known)
+
+
+def times_of(sampler: Callable[..., Tensor], steps: int) -> list[tuple[float, float]]:
+    """Return the (t, h) at which a sampler evaluates the network: it is run on a zero velocity."""
+    times = []
+
+    def u(z: Tensor, *, t: Tensor, h: Tensor) -> Tensor:
+        times.append((t.item(), h.item()))
+        return torch.zeros_like(z)
+
+    sampler(u, torch.zeros(1, 1, 1), steps=steps)
+    return times

@@ -1,0 +1,441 @@
+"""Triton kernels for what a GPU is given too little of: chunks of few steps, small windows.
+
+A product of 10 rows with a weight takes as long as the weight takes to arrive, and starting a
+kernel as long as that: so norms, modulation, gates and residuals are done by the product's own
+kernel, and attention is one kernel each. Each function says what it computes in a line of
+PyTorch, which core/fused_dit.py and core/fused_encoder.py use where there is no Triton; the
+tests hold them to it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:   # PyTorch for CPUs comes without
+    triton = None
+
+MOST_ROWS = 64         # of a product in `product`; more rows are a matter for cuBLAS
+MOST_KEYS = 512        # of `cross_attention` and of a window
+MOST_TOKENS = 1024     # of `channel_attention`: one program goes through them all
+EPS = 1e-6
+# Whether a kernel of the DiT may start, and fetch its weights, while the one before it runs
+# (programmatic dependent launch). Right by the compiler's output, but not run on a GPU yet.
+START_EARLY = False
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """Return '' if the kernels can be expected to run here, or why not."""
+    if triton is None:
+        return 'Triton is not installed'
+    if device.type != 'cuda' or dtype != torch.bfloat16:
+        return f'the kernels are for bfloat16 on CUDA, not for {dtype} on {device.type}'
+    return ''
+
+
+def fits(width: int) -> bool:
+    """Return whether a head or a group of this width is one that the kernels take."""
+    return 16 <= width <= 128 and width & (width - 1) == 0
+
+
+def _power(size: int, least: int = 16) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
+if triton is not None:
+    @triton.jit
+    def _norm(x, size, EPSILON: tl.constexpr):
+        return x * tl.rsqrt(tl.sum(x * x, 1) / size + EPSILON)[:, None]
+
+    @triton.jit
+    def _weights(weight, line, column, columns, at, depth):
+        return tl.load(weight + line[None, :] * depth + at[:, None],
+                       (column[None, :] < columns) & (at[:, None] < depth), 0.0)
+
+    @triton.jit
+    def _inputs(x, row, rows, at, depth):
+        return tl.load(x + row[:, None] * depth + at[None, :],
+                       (row[:, None] < rows) & (at[None, :] < depth), 0.0)
+
+    @triton.jit
+    def _product(x, weight, out, shift, gain, residual, gate, rows, columns, depth: tl.constexpr,
+                 NORM: tl.constexpr, MODULATE: tl.constexpr, GATED: tl.constexpr,
+                 RESIDUAL: tl.constexpr, GATE: tl.constexpr, EPSILON: tl.constexpr,
+                 M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr,
+                 EARLY: tl.constexpr):
+        row, k, kept_column = tl.arange(0, M), tl.arange(0, K), tl.program_id(0) * N + tl.arange(
+            0, N)
+        if GATED:   # gate and value of a column stand beside each other
+            j = tl.arange(0, 2 * N)
+            column = tl.program_id(0) * N + j // 2
+            line = column + (j % 2) * columns
+        else:
+            column = kept_column
+            line = column
+        w = _weights(weight, line, column, columns, k, depth)
+        if CHUNKS > 1:
+            w1 = _weights(weight, line, column, columns, k + K, depth)
+        if CHUNKS > 2:
+            w2 = _weights(weight, line, column, columns, k + 2 * K, depth)
+        if MODULATE:
+            g = tl.load(gain + k, k < depth, 0.0).to(tl.float32)
+            s = tl.load(shift + k, k < depth, 0.0).to(tl.float32)
+        if GATE:
+            factor = tl.load(gate + kept_column, kept_column < columns, 0.0).to(tl.float32)
+        if EARLY:   # up to here nothing was read that the kernels before this one write
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        place = row[:, None] * columns + kept_column[None, :]
+        kept = (row[:, None] < rows) & (kept_column[None, :] < columns)
+        if RESIDUAL:
+            added = tl.load(residual + place, kept, 0.0).to(tl.float32)
+        a = _inputs(x, row, rows, k, depth)
+        if NORM:   # then K covers the depth
+            wide = _norm(a.to(tl.float32), depth, EPSILON)
+            if MODULATE:
+                wide = wide * g[None, :] + s[None, :]
+            a = wide.to(x.dtype.element_ty)
+        total = tl.dot(a, w)
+        if CHUNKS > 1:
+            total += tl.dot(_inputs(x, row, rows, k + K, depth), w1)
+        if CHUNKS > 2:
+            total += tl.dot(_inputs(x, row, rows, k + 2 * K, depth), w2)
+        for start in range(CHUNKS * K, depth, K):
+            w = _weights(weight, line, column, columns, k + start, depth)
+            total += tl.dot(_inputs(x, row, rows, k + start, depth), w)
+        if GATED:
+            total, value = tl.split(tl.reshape(total, (M, N, 2)))
+            total = total * tl.sigmoid(total) * value
+        if GATE:
+            total = total * factor[None, :]
+        if RESIDUAL:
+            total += added
+        tl.store(out + place, total.to(out.dtype.element_ty), kept)
+
+    @triton.jit
+    def _self_attention(qkv, straight, swapped, out, rows, heads, scale, EPSILON: tl.constexpr,
+                        M: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+        head, row, d = tl.program_id(0), tl.arange(0, M), tl.arange(0, D)
+        turned = (d + D // 2) % D
+        kept = row[:, None] < rows
+        across = heads * D
+        at = row[:, None] * 3 * across + head * D
+        table = row[:, None] * 2 * D + d[None, :]
+        q_straight = tl.load(straight + table, kept, 0.0).to(tl.float32)
+        q_swapped = tl.load(swapped + table, kept, 0.0).to(tl.float32)
+        k_straight = tl.load(straight + table + D, kept, 0.0).to(tl.float32)
+        k_swapped = tl.load(swapped + table + D, kept, 0.0).to(tl.float32)
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        q = _norm(tl.load(qkv + at + d[None, :], kept, 0.0).to(tl.float32), D, EPSILON)
+        k = _norm(tl.load(qkv + at + across + d[None, :], kept, 0.0).to(tl.float32), D, EPSILON)
+        p = _norm(tl.load(qkv + at + turned[None, :], kept, 0.0).to(tl.float32), D, EPSILON)
+        r = _norm(tl.load(qkv + at + across + turned[None, :], kept, 0.0).to(tl.float32), D,
+                  EPSILON)
+        v = tl.load(qkv + at + 2 * across + d[None, :], kept, 0.0)
+        q = q * q_straight + p * q_swapped
+        k = k * k_straight + r * k_swapped
+        scores = tl.dot(q.to(v.dtype), tl.trans(k.to(v.dtype))) * scale
+        scores = tl.where((row[None, :] <= row[:, None]) & (row[None, :] < rows), scores, -1e30)
+        weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+        result = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, 1)[:, None]
+        tl.store(out + row[:, None] * across + head * D + d[None, :],
+                 result.to(out.dtype.element_ty), kept)
+
+    @triton.jit
+    def _cross_attention(queries, keys, values, bias, out, rows, count, heads, scale, key_head,
+                         key_row, value_head, value_row, EPSILON: tl.constexpr,
+                         BIAS: tl.constexpr, M: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+                         EARLY: tl.constexpr):
+        head, row, d, s = tl.program_id(0), tl.arange(0, M), tl.arange(0, D), tl.arange(0, S)
+        kept, there = row[:, None] < rows, s[:, None] < count
+        place = row[:, None] * heads * D + head * D + d[None, :]
+        k = tl.load(keys + head * key_head + s[:, None] * key_row + d[None, :], there, 0.0)
+        v = tl.load(values + head * value_head + s[:, None] * value_row + d[None, :], there, 0.0)
+        if BIAS:
+            added = tl.load(bias + s, s < count, 0.0).to(tl.float32)
+        if EARLY:   # keys, values and bias are older than the kernels that start early
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        q = _norm(tl.load(queries + place, kept, 0.0).to(tl.float32), D, EPSILON)
+        scores = tl.dot(q.to(k.dtype), tl.trans(k)) * scale
+        if BIAS:
+            scores += added[None, :]
+        scores = tl.where(s[None, :] < count, scores, -1e30)
+        weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+        result = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, 1)[:, None]
+        tl.store(out + place, result.to(out.dtype.element_ty), kept)
+
+    @triton.jit
+    def _places(gather, s, inside, tokens, GATHER: tl.constexpr):
+        if GATHER:
+            places = tl.load(gather + s, s < inside, tokens).to(tl.int32)
+        else:
+            places = tl.where(s < inside, s, tokens)
+        return places
+
+    @triton.jit
+    def _kept_or_padding(rows, at, tokens, base, padding, column, width, GATHER: tl.constexpr):
+        real = (at < tokens)[:, None]
+        values = tl.load(rows + (base + at[:, None]) * 3 * width + column[None, :], real, 0.0)
+        if GATHER:
+            values = tl.where(real, values, tl.load(padding + column)[None, :])
+        return values
+
+    @triton.jit
+    def _attention(qkv, padding, gather, bias, out, tokens, windows, inside, heads, scale,
+                   GATHER: tl.constexpr, BIAS: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
+                   REST: tl.constexpr, D: tl.constexpr):
+        picture, window = tl.program_id(0) // windows, tl.program_id(0) % windows
+        head, s = tl.program_id(1), tl.arange(0, S)
+        width, base = heads * D, picture * tokens
+        column = head * D + tl.arange(0, D)
+        gather += window * inside
+        asked = _places(gather, tl.program_id(2) * Q + tl.arange(0, Q), inside, tokens, GATHER)
+        own = (asked < tokens)[:, None]
+        q = tl.load(qkv + (base + asked[:, None]) * 3 * width + column[None, :], own, 0.0)
+        at = _places(gather, s, inside, tokens, GATHER)
+        k = _kept_or_padding(qkv, at, tokens, base, padding, column + width, width, GATHER)
+        v = _kept_or_padding(qkv, at, tokens, base, padding, column + 2 * width, width, GATHER)
+        scores = tl.dot(q, tl.trans(k)) * scale
+        if BIAS:
+            scores += tl.load(bias + base + s, s < inside, 0.0).to(tl.float32)[None, :]
+        scores = tl.where(s[None, :] < inside, scores, -1e30)
+        most = tl.max(scores, 1)
+        if REST:   # keys beyond the first power of two
+            t = S + tl.arange(0, REST)
+            at = _places(gather, t, inside, tokens, GATHER)
+            k = _kept_or_padding(qkv, at, tokens, base, padding, column + width, width, GATHER)
+            v1 = _kept_or_padding(qkv, at, tokens, base, padding, column + 2 * width, width,
+                                  GATHER)
+            scores1 = tl.dot(q, tl.trans(k)) * scale
+            if BIAS:
+                scores1 += tl.load(bias + base + t, t < inside, 0.0).to(tl.float32)[None, :]
+            scores1 = tl.where(t[None, :] < inside, scores1, -1e30)
+            most = tl.maximum(most, tl.max(scores1, 1))
+        weights = tl.exp(scores - most[:, None])
+        total, result = tl.sum(weights, 1), tl.dot(weights.to(v.dtype), v)
+        if REST:
+            weights1 = tl.exp(scores1 - most[:, None])
+            total += tl.sum(weights1, 1)
+            result += tl.dot(weights1.to(v.dtype), v1)
+        tl.store(out + (base + asked[:, None]) * width + column[None, :],
+                 (result / total[:, None]).to(out.dtype.element_ty), own)
+
+    @triton.jit
+    def _channel_attention(qkv, out, tokens: tl.constexpr, groups, scale, T: tl.constexpr,
+                           D: tl.constexpr):
+        picture, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+        width, d, t = groups * D, tl.arange(0, D), tl.arange(0, T)
+        qkv += picture * tokens * 3 * width + group * D
+        out += picture * tokens * width + group * D
+        scores = tl.zeros((D, D), tl.float32)
+        for start in range(0, tokens, T):
+            at = start + t
+            here = (at < tokens)[:, None]
+            q = tl.load(qkv + at[:, None] * 3 * width + d[None, :], here, 0.0)
+            k = tl.load(qkv + at[:, None] * 3 * width + width + d[None, :], here, 0.0)
+            scores += tl.dot(tl.trans(q), k)
+        scores = scores * scale
+        weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+        weights = weights / tl.sum(weights, 1)[:, None]
+        turned = tl.trans(weights.to(qkv.dtype.element_ty))
+        for start in range(0, tokens, T):
+            at = start + t
+            here = (at < tokens)[:, None]
+            v = tl.load(qkv + at[:, None] * 3 * width + 2 * width + d[None, :], here, 0.0)
+            tl.store(out + at[:, None] * width + d[None, :],
+                     tl.dot(v, turned).to(out.dtype.element_ty), here)
+
+    @triton.jit
+    def _standardise(x, there, size, EPSILON: tl.constexpr):
+        centred = tl.where(there, x - (tl.sum(x, 1) / size)[:, None], 0.0)
+        return centred * tl.rsqrt(tl.sum(centred * centred, 1) / size + EPSILON)[:, None]
+
+    @triton.jit
+    def _depthwise_norm(x, taps, bias, after, out, normed, count, height, width, channels,
+                        EPSILON: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+        token, c = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, C)
+        row, column = token // width % height, token % width
+        there, real = c[None, :] < channels, token < count
+        place = token[:, None] * channels + c[None, :]
+        inside = real[:, None] & there
+        total = tl.load(x + place, inside, 0.0).to(tl.float32)
+        total += tl.load(bias + c, c < channels, 0.0).to(tl.float32)[None, :]
+        for tap in tl.static_range(9):
+            down, right = tap // 3 - 1, tap % 3 - 1
+            near = (real & (row + down >= 0) & (row + down < height) & (column + right >= 0)
+                    & (column + right < width))
+            value = tl.load(x + place + (down * width + right) * channels, near[:, None] & there,
+                            0.0)
+            total += value.to(tl.float32) * tl.load(taps + tap * channels + c, c < channels,
+                                                    0.0).to(tl.float32)[None, :]
+        added = tl.load(after + c, c < channels, 0.0).to(tl.float32)[None, :]
+        tl.store(out + place, (total + added).to(out.dtype.element_ty), inside)
+        result = _standardise(total, there, channels, EPSILON)
+        tl.store(normed + place, result.to(out.dtype.element_ty), inside)
+
+    @triton.jit
+    def _add_norm(a, b, scale, shift, out, channels, EPSILON: tl.constexpr, C: tl.constexpr):
+        c = tl.arange(0, C)
+        there, place = c < channels, tl.program_id(0) * channels + c
+        total = (tl.load(a + place, there, 0.0).to(tl.float32)
+                 + tl.load(b + place, there, 0.0).to(tl.float32))[None, :]
+        result = _standardise(total, there[None, :], channels, EPSILON)
+        result = (result * tl.load(scale + c, there, 0.0).to(tl.float32)[None, :]
+                  + tl.load(shift + c, there, 0.0).to(tl.float32)[None, :])
+        tl.store(out + place[None, :], result.to(out.dtype.element_ty), there[None, :])
+
+
+@functools.lru_cache
+def _early(device: torch.device) -> dict[str, bool]:
+    """Return how a kernel may start while the one before it runs: on Hopper, and later."""
+    early = (START_EARLY and device.type == 'cuda' and hasattr(tl.extra.cuda, 'gdc_wait')
+             and torch.cuda.get_device_capability(device) >= (9, 0))
+    return {'EARLY': True, 'launch_pdl': True} if early else {'EARLY': False}
+
+
+def product(x: Tensor, weight: Tensor, *, norm: bool = False, shift: Tensor | None = None,
+            gain: Tensor | None = None, gated: bool = False, residual: Tensor | None = None,
+            gate: Tensor | None = None) -> Tensor:
+    """Return residual + gate * (p(x) @ weight.T) for few rows x (M, K) and weight (N, K).
+
+    p: nothing, or with `norm` the RMS norm of each row and then * gain + shift, both (K,).
+    gated: weight is (2 N, K), and silu(p @ weight[:N].T) * (p @ weight[N:].T) takes the product's
+    place. All are contiguous. The weight, gain, shift and gate must not be written by a kernel of
+    this module: they are read before the kernels that run are over.
+    """
+    (rows, depth), columns = x.shape, weight.shape[0] // (2 if gated else 1)
+    out = torch.empty(rows, columns, device=x.device, dtype=x.dtype)
+    early = _early(x.device)
+    width = 16 if gated else 8 if columns <= 1024 else 32   # so that every multiprocessor has some
+    if norm:   # takes the whole row at once
+        block, stages = _power(depth), 1
+    elif early['EARLY']:
+        block, stages = min(1024, _power(depth)), 1
+    else:      # blocks are on their way while others are used
+        block, stages = min(512 if depth > 1024 else 256, _power(depth)), 4
+    _product[(triton.cdiv(columns, width),)](
+        x, weight, out, shift if shift is not None else x, gain if gain is not None else x,
+        residual if residual is not None else x, gate if gate is not None else x, rows, columns,
+        depth, NORM=norm, MODULATE=gain is not None, GATED=gated, RESIDUAL=residual is not None,
+        GATE=gate is not None, EPSILON=EPS, M=_power(rows), N=width, K=block, num_stages=stages,
+        CHUNKS=min(3, triton.cdiv(depth, block)) if early['EARLY'] else 1,
+        num_warps=8 if norm and block >= 1024 and width > 8 else 4, **early)
+    return out
+
+
+def self_attention(qkv: Tensor, straight: Tensor, swapped: Tensor, heads: int) -> Tensor:
+    """Return causal attention (T, D) of qkv (T, 3 D), as FusedSelfAttention between its layers.
+
+    straight, swapped: (T, 2, 1, D / heads), contiguous.
+    """
+    rows, width = qkv.shape[0], qkv.shape[1] // 3 // heads
+    out = torch.empty(rows, heads * width, device=qkv.device, dtype=qkv.dtype)
+    _self_attention[(heads,)](qkv, straight, swapped, out, rows, heads, width ** -0.5,
+                              EPSILON=EPS, M=_power(rows), D=width, num_warps=4,
+                              **_early(qkv.device))
+    return out
+
+
+def cross_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Return attention (T, D) of the RMS-normalised heads of queries (T, D).
+
+    keys, values: (heads, S, D / heads), the last dimension contiguous. bias: S numbers, added.
+    They must not be written by a kernel of this module, see `product`.
+    """
+    heads, count, width = keys.shape
+    out = torch.empty_like(queries)
+    _cross_attention[(heads,)](
+        queries, keys, values, bias if bias is not None else queries, out, len(queries), count,
+        heads, width ** -0.5, keys.stride(0), keys.stride(1), values.stride(0),
+        values.stride(1), EPSILON=EPS, BIAS=bias is not None, M=_power(len(queries)),
+        S=_power(count), D=width, num_warps=4, **_early(queries.device))
+    return out
+
+
+def _attend(qkv: Tensor, padding: Tensor, gather: Tensor, bias: Tensor, heads: int, inside: int,
+            **flags: bool) -> Tensor:
+    pictures, tokens, channels = qkv.shape
+    out = torch.empty(pictures, tokens, channels // 3, device=qkv.device, dtype=qkv.dtype)
+    windows = len(gather) // inside if flags['GATHER'] else 1
+    width = channels // 3 // heads
+    first = max(16, 1 << inside.bit_length() - 1)
+    block = min(64, _power(inside))
+    _attention[(pictures * windows, heads, triton.cdiv(inside, block))](
+        qkv, padding, gather, bias, out, tokens, windows, inside, heads, width ** -0.5,
+        Q=block, S=first, REST=_power(inside - first) if inside > first else 0, D=width,
+        num_warps=4, **flags)
+    return out
+
+
+def window_attention(qkv: Tensor, padding: Tensor, gather: Tensor, heads: int,
+                     inside: int) -> Tensor:
+    """Return attention (N, T, C) inside windows of `inside` places, from qkv (N, T, 3 C).
+
+    gather: (windows * inside,) which token stands at each place; T where none does, and then
+    keys and values are those of `padding` (1, 1, 3 C).
+    """
+    return _attend(qkv, padding, gather, qkv, heads, inside, GATHER=True, BIAS=False)
+
+
+def attention(qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
+    """Return attention (N, T, C) among all tokens of qkv (N, T, 3 C), with bias (N, 1, 1, T)."""
+    return _attend(qkv, qkv, qkv, bias if bias is not None else qkv, heads, qkv.shape[1],
+                   GATHER=False, BIAS=bias is not None)
+
+
+def channel_attention(qkv: Tensor, groups: int) -> Tensor:
+    """Return attention (N, T, C) among the channels of each group, from qkv (N, T, 3 C).
+
+    scores = q.T @ k / sqrt(T) over the tokens, of which each program goes through all.
+    """
+    pictures, tokens, channels = qkv.shape
+    out = torch.empty(pictures, tokens, channels // 3, device=qkv.device, dtype=qkv.dtype)
+    _channel_attention[(pictures * groups,)](
+        qkv, out, tokens, groups, tokens ** -0.5, T=min(128, _power(tokens)),
+        D=channels // 3 // groups, num_warps=4)
+    return out
+
+
+def depthwise_norm(x: Tensor, taps: Tensor, bias: Tensor, after: Tensor, grid: tuple[int, int],
+                   eps: float) -> tuple[Tensor, Tensor]:
+    """Return y + after and layer_norm(y) for y = x + depthwise 3x3 convolution of x (N, H W, C).
+
+    taps: (9, C). bias, after: (C,). The norm has no scale and shift.
+    """
+    channels, block = x.shape[-1], _power(x.shape[-1])
+    out, normed = torch.empty_like(x), torch.empty_like(x)
+    tokens, together = x.numel() // channels, max(1, 1024 // block)
+    _depthwise_norm[(triton.cdiv(tokens, together),)](
+        x, taps, bias, after, out, normed, tokens, *grid, channels, EPSILON=eps, W=together,
+        C=block, num_warps=8 if block > 1024 else 4)
+    return out, normed
+
+
+def add_norm(a: Tensor, b: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Return layer_norm(a + b) over the last dimension C, times scale and plus shift (C,)."""
+    channels, out = a.shape[-1], torch.empty_like(a)
+    _add_norm[(a.numel() // channels,)](a, b, scale, shift, out, channels, EPSILON=eps,
+                                        C=_power(channels), num_warps=4)
+    return out
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return gelu(x @ weight.T + bias) as one product; on CUDA it is GELU's tanh form.
+
+    They differ by less than 5e-4.
+    """
+    return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(
+        0, x.shape[:-1])
+
+
+def linear_onto(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return residual + x @ weight.T as one product."""
+    return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t()).view_as(residual)

@@ -1,0 +1,114 @@
+"""Run by test_kernels.py in a process in which Triton interprets its kernels on the CPU."""
+
+import json
+import sys
+
+import micro_policy
+import numpy as np
+import torch
+import torch.nn.functional as F
+from test_runtime import observations
+
+from meanflow_ros.core import kernels
+from meanflow_ros.core.fused_encoder import window_order
+from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions
+
+torch.manual_seed(0)
+FOUND: dict[str, float] = {}
+
+
+def found(name, ours, reference):
+    FOUND[name] = float((ours - reference).abs().max() / reference.abs().max())
+
+
+def rms(x):
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def check_products():
+    x, weight, residual = torch.randn(10, 96), torch.randn(80, 96), torch.randn(10, 80)
+    shift, gain, gate = torch.randn(96), torch.randn(96), torch.randn(80)
+    found('product', kernels.product(x, weight), x @ weight.t())
+    moved = (rms(x) * gain + shift) @ weight.t()
+    found('norm, gate and residual', kernels.product(
+        x, weight, norm=True, shift=shift, gain=gain, residual=residual, gate=gate),
+        residual + gate * moved)
+    found('gated', kernels.product(x, weight, norm=True, shift=shift, gain=gain, gated=True),
+          F.silu(moved[:, :40]) * moved[:, 40:])
+    x, weight = torch.randn(3, 2100), torch.randn(50, 2100)
+    found('deep product', kernels.product(x, weight), x @ weight.t())
+
+
+def check_attention():
+    qkv, tables = torch.randn(10, 3 * 48), torch.randn(2, 10, 2, 1, 16)
+    heads = qkv.view(1, 10, 3, 3, 16)
+    turned = rms(heads[:, :, :2])
+    turned = turned * tables[0] + turned.roll(8, -1) * tables[1]
+    q, k, v = (part.transpose(1, 2) for part in (turned[:, :, 0], turned[:, :, 1], heads[:, :, 2]))
+    found('self attention', kernels.self_attention(qkv, *tables, 3),
+          F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)[0])
+    queries, keys, values = torch.randn(10, 48), torch.randn(3, 41, 16), torch.randn(41, 3, 16)
+    bias = torch.zeros(1, 1, 1, 41)
+    bias[..., 30:] = -torch.inf
+    values = values.transpose(0, 1)
+    for name, added in (('cross attention', None), ('cross attention with padding', bias)):
+        out = F.scaled_dot_product_attention(
+            rms(queries.view(1, 10, 3, 16)).transpose(1, 2), keys[None], values[None],
+            attn_mask=added)
+        found(name, kernels.cross_attention(queries, keys, values, added),
+              out.transpose(1, 2).flatten(2)[0])
+    for tokens in (64, 178):
+        qkv, bias = torch.randn(2, tokens, 3 * 64), torch.zeros(2, 1, 1, tokens)
+        bias[0, ..., 30:] = -torch.inf
+        q, k, v = qkv.unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        found(f'attention among {tokens}', kernels.attention(qkv, 4, bias),
+              out.transpose(1, 2).flatten(2))
+
+
+def check_vision():
+    for grid, side in (((5, 7), 3), ((4, 4), 4), ((14, 14), 12)):
+        gather, scatter = window_order(grid, side)
+        qkv, padding = torch.randn(2, grid[0] * grid[1], 3 * 64), torch.randn(1, 1, 3 * 64)
+        rows = torch.cat([qkv, padding.expand(2, -1, -1)], 1).index_select(1, gather)
+        q, k, v = rows.view(-1, side * side, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, -1, 64)
+        found(f'windows of {side} on {grid}', kernels.window_attention(
+            qkv, padding, gather, 4, side * side), out.index_select(1, scatter))
+    qkv = torch.randn(2, 196, 3 * 96)
+    q, k, v = qkv.view(2, 196, 3, 3, 32).permute(2, 0, 3, 4, 1)
+    out = (q @ k.transpose(-1, -2) * 196 ** -0.5).softmax(-1) @ v
+    found('channel attention', kernels.channel_attention(qkv, 3),
+          out.permute(0, 3, 1, 2).flatten(2))
+    x, weight = torch.randn(2, 35, 48), torch.randn(48, 1, 3, 3)
+    bias, after, scale = torch.randn(3, 48)
+    grid = x.unflatten(1, (5, 7)).permute(0, 3, 1, 2)
+    y = (grid + F.conv2d(grid, weight, bias, padding=1, groups=48)).permute(0, 2, 3, 1)
+    y = y.flatten(1, 2)
+    out, normed = kernels.depthwise_norm(x, weight.flatten(1).t().contiguous(), bias, after,
+                                         (5, 7), 1e-5)
+    found('depthwise convolution', out, y + after)
+    found('its norm', normed, F.layer_norm(y, (48,)))
+    found('sum and norm', kernels.add_norm(x, y, scale, bias, 1e-5),
+          F.layer_norm(x + y, (48,), scale, bias))
+    found('sum of a product', kernels.linear_onto(x, y, torch.eye(48)), x + y)
+
+
+def check_policy():
+    kernels.why_not = lambda *_: ''
+    policy = micro_policy.make_policy()
+    fast = FastPolicy(policy, options=RuntimeOptions(lengths=(64,)))
+    seen = observations(policy.robot, 2)
+    fast.warm_up(seen[0])
+    assert not fast.why_no_kernels, fast.why_no_kernels
+    normalizer = policy.config.action_normalizer
+    FOUND['the whole policy'] = max(float(np.abs(
+        (policy.act(o, steps=2).actions - fast.act(o, steps=2).actions)
+        / (normalizer.high - normalizer.low)).max()) for o in seen)
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    for check in (check_products, check_attention, check_vision, check_policy):
+        check()
+    json.dump(FOUND, sys.stdout)
