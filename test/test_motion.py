@@ -135,7 +135,7 @@ def test_a_franka_follows_chunks_through_its_trajectory_controller_without_a_jum
 
 def test_when_within_its_lead_a_trajectory_reaches_the_controller_does_not_matter():
     courses = []
-    for late_ns in (0, 7 * MS, 19 * MS):
+    for late_ns in (0, 7 * MS, 49 * MS):
         arm = JointTrajectoryController(PANDA, np.zeros(7))
         driven = Driven(FRANKA, 'motion_franka.yaml')
         driven.motion.feel(np.zeros(7))
@@ -166,7 +166,7 @@ def test_a_trajectory_ends_at_rest_ahead_of_now_with_every_joint():
     assert message.joint_names == PANDA
     starts = [point.time_from_start.sec * 10**9 + point.time_from_start.nanosec
               for point in message.points]
-    assert starts[0] > 20 * MS and len(starts) == 16
+    assert starts[0] > 50 * MS and len(starts) == 15       # the one at 50 ms is too near
     assert list(message.points[-1].velocities) == [0.0] * 7
     assert message.points[7].velocities[0] == pytest.approx(0.2 * np.sin(0.4), rel=0.01)
 
