@@ -1,0 +1,74 @@
+"""What a run has so far: one file per replayed episode, so that an interrupted run can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from meanflow_ros.evaluation.replay.episode import EpisodeReplay
+from meanflow_ros.evaluation.replay.replay_bag import BagReport
+
+SETTINGS, REPORT = 'settings.json', 'report.json'
+
+
+class Parts:
+    """The episodes of one bag below `directory`, made with settings of one fingerprint.
+
+    Parts of other settings are thrown away.
+    """
+
+    def __init__(self, directory: Path, bag: Path, fingerprint: str):
+        self._directory = directory / key_of(bag)
+        mark = self._directory / SETTINGS
+        if not (mark.is_file() and mark.read_text() == fingerprint):
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.mkdir(parents=True)
+            mark.write_text(fingerprint)
+
+    def has(self, number: int) -> bool:
+        """Whether the n-th episode is there."""
+        return self._path(number).is_file()
+
+    def save(self, episode: EpisodeReplay) -> None:
+        """Keep an episode."""
+        episode.save(self._path(episode.number))
+
+    def finish(self, report: BagReport) -> None:
+        """Note that the bag is done."""
+        partial = self._directory / f'{REPORT}.partial'
+        partial.write_text(json.dumps(asdict(report)))
+        partial.replace(self._directory / REPORT)
+
+    def report(self) -> dict | None:
+        """Return the report of a bag that is done, else None."""
+        path = self._directory / REPORT
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def episodes(self, *, pictures: bool = False) -> Iterator[EpisodeReplay]:
+        """Yield the episodes in their order."""
+        for path in sorted(self._directory.glob('*.npz')):
+            yield EpisodeReplay.load(path, pictures=pictures)
+
+    def files(self) -> dict[str, bytes]:
+        """Return name -> content of everything, to be sent to another machine."""
+        return {path.name: path.read_bytes() for path in self._directory.iterdir()
+                if path.suffix in ('.npz', '.json')}
+
+    def take(self, files: dict[str, bytes]) -> None:
+        """Write what `files` returned elsewhere."""
+        for name, content in files.items():
+            (self._directory / Path(name).name).write_bytes(content)
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f'{number:06}.npz'
+
+
+def key_of(bag: Path) -> str:
+    """Return a directory name for a bag: its own, made unique by its place."""
+    place = hashlib.sha256(str(bag.resolve()).encode()).hexdigest()[:8]
+    return f'{re.sub(r"[^A-Za-z0-9_.-]", "_", bag.name)[:60]}-{place}'
