@@ -72,6 +72,7 @@ setup(
             'export_lerobot = meanflow_ros.training.export_lerobot:main',
             'train = meanflow_ros.training.train:main',
             'evaluate = meanflow_ros.evaluation.evaluate:main',
+            'replay = meanflow_ros.evaluation.replay.command:main',
             'demo = meanflow_ros.evaluation.demo:main',
             'record_demonstrations = meanflow_ros.sim.demonstrations:main',
         ],

@@ -1,4 +1,4 @@
-"""The `evaluate` command: what a checkpoint does, through the node that runs it on a robot."""
+"""The `evaluate` command: what a checkpoint does, in closed loop and on recorded bags."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from meanflow_ros.core.policy import Policy
 from meanflow_ros.evaluation.episodes import EpisodeResult, print_summary, summarize
+from meanflow_ros.evaluation.replay import command as replay
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.sim.metaworld_robot import EVALUATION_SEED_START, PERIOD_S
 from meanflow_ros.sim.scene import CAMERAS
@@ -93,8 +94,10 @@ def evaluate_sim(arguments: argparse.Namespace) -> int:
 
 def _parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog='evaluate', description='Measure what a checkpoint does, through the policy node.')
+        prog='evaluate',
+        description='Measure what a checkpoint does: the ingest, policy and guard of the node.')
     commands = parser.add_subparsers(dest='command', required=True)
+    replay.add_parser(commands)
     sim = commands.add_parser(
         'sim', help='closed loop with the simulated robot',
         description='Run episodes of the simulated robot on seeds that training never saw, with '
@@ -123,6 +126,8 @@ def _parse(argv) -> argparse.Namespace:
                      'policy looks; with --in-process')
     sim.add_argument('--out', type=Path, help='JSON file for every episode and the summary')
     arguments = parser.parse_args(argv)
+    if arguments.command == 'replay':
+        return arguments
     if arguments.episodes < 1:
         parser.error(f'--episodes must be at least 1, got {arguments.episodes}')
     if arguments.blank_camera and not arguments.in_process:
@@ -139,6 +144,8 @@ def _parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     """Run the `evaluate` command."""
     arguments = _parse(argv)
+    if arguments.command == 'replay':
+        return replay.guarded_run(arguments)
     try:
         return evaluate_sim(arguments)
     except (OSError, RuntimeError, ValueError) as error:

@@ -30,6 +30,10 @@ from meanflow_ros.ros.bag import deserialize
 from meanflow_ros.ros.bag_files import Bag, METADATA, is_bag
 
 OK, WRONG, GATED, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
+DESCRIPTION = (
+    'Replay rosbag2 recordings through the ingest, policy, guard and timeline of the node, on the '
+    'time of the recording and with the latency of the robot, and compare with the recorded '
+    'actions. No ROS installation is needed.')
 PARTS, METRICS, LATENCY = 'parts', 'metrics.json', 'latency.json'
 
 
@@ -37,11 +41,8 @@ def add_parser(commands) -> None:
     """Add the sub-command to the parser of `evaluate`."""
     parser = commands.add_parser(
         'replay', help='what a policy would have done on recorded bags',
-        description='Replay rosbag2 recordings through the ingest, policy, guard and timeline of '
-        'the node, on the time of the recording and with the latency of the robot, and compare '
-        'with the recorded actions. No ROS installation is needed.')
+        description=DESCRIPTION)
     add_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +220,7 @@ def look_at(bags: Sequence[Path], settings: ReplaySettings,
         except (ValueError, OSError) as error:
             if len(bags) == 1:
                 raise
-            reports[path] = jobs._failed(path, str(error))
+            reports[path] = jobs.failed(path, str(error))
     if len(reports) == len(bags):
         raise ValueError('none of the recordings can be replayed: ' + '; '.join(
             f'{path.name}: {report["error"]}' for path, report in list(reports.items())[:3]))
@@ -260,7 +261,7 @@ def write_results(bags: Sequence[Path], settings: ReplaySettings, reports: dict[
     fingerprint = settings.fingerprint()
     parts = [Parts(out / PARTS, bag, fingerprint) for bag in bags]
     episodes = [episode for each in parts for episode in each.episodes()]
-    recordings = [{'path': str(bag), **reports.get(bag, jobs._failed(bag, 'not replayed yet'))}
+    recordings = [{'path': str(bag), **reports.get(bag, jobs.failed(bag, 'not replayed yet'))}
                   for bag in bags]
     document = summarize(episodes, recordings, settings)
     write_json(out / METRICS, document)
@@ -296,3 +297,23 @@ def headline(document: dict) -> list[str]:
         lines += [f'  {each["name"]}: lost: {what}' for what in each['lost']]
         lines += [f'  left out: {name}: {why}' for name, why in each['skipped']]
     return lines
+
+
+def main(argv=None) -> int:
+    """Run the `replay` command, which is `evaluate replay`."""
+    parser = argparse.ArgumentParser(prog='replay', description=DESCRIPTION)
+    add_arguments(parser)
+    return guarded_run(parser.parse_args(argv))
+
+
+def guarded_run(arguments: argparse.Namespace) -> int:
+    """Run, and tell in one line what a user must mend."""
+    try:
+        return run(arguments)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f'replay: {error}', file=sys.stderr)
+        return WRONG
+
+
+if __name__ == '__main__':
+    sys.exit(main())

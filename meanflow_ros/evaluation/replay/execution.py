@@ -134,7 +134,7 @@ class _Run:
     def at(self, now_ns: int) -> np.ndarray | None:
         row = self._timeline.at(now_ns)
         if row is not None and self._newest is not None:
-            row[-1] = self._newest.at(now_ns)[-1]
+            row = np.append(row[:-1], self._newest.at(now_ns)[-1])
         return row
 
     def steps(self, rows: np.ndarray, ticks_ns: np.ndarray, missed: np.ndarray,

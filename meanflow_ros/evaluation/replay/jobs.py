@@ -79,7 +79,7 @@ def run_with_ray(bags: Sequence[Path], settings: ReplaySettings, directory: Path
                 report, files = ray.get(reference)
                 Parts(directory, bag, fingerprint).take(files)
             except ray.exceptions.RayError as error:
-                report = _failed(bag, f'the worker failed: {_first_line(error)}')
+                report = failed(bag, f'the worker failed: {_first_line(error)}')
             done(bag, report)
     finally:
         if started:
@@ -132,10 +132,11 @@ def _result_of(future: concurrent.futures.Future, bag: Path) -> dict:
     try:
         return future.result()
     except concurrent.futures.process.BrokenProcessPool:
-        return _failed(bag, 'the worker process died, perhaps for want of memory')
+        return failed(bag, 'the worker process died, perhaps for want of memory')
 
 
-def _failed(bag: Path, error: str) -> dict:
+def failed(bag: Path, error: str) -> dict:
+    """Return the report of a bag that could not be replayed."""
     return asdict(BagReport(name=bag.name, error=error))
 
 

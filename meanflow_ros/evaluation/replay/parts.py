@@ -12,23 +12,24 @@ from pathlib import Path
 
 from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.evaluation.replay.replay_bag import BagReport
+from meanflow_ros.ros.bag_files import storage_files
 
-SETTINGS, REPORT = 'settings.json', 'report.json'
+MARK, REPORT = 'of.txt', 'report.json'
 
 
 class Parts:
     """The episodes of one bag below `directory`, made with settings of one fingerprint.
 
-    Parts of other settings are thrown away.
+    Parts of other settings, or of another recording at the same place, are thrown away.
     """
 
     def __init__(self, directory: Path, bag: Path, fingerprint: str):
         self._directory = directory / key_of(bag)
-        mark = self._directory / SETTINGS
-        if not (mark.is_file() and mark.read_text() == fingerprint):
+        mark, text = self._directory / MARK, f'{fingerprint} {state_of(bag)}'
+        if not (mark.is_file() and mark.read_text() == text):
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory.mkdir(parents=True)
-            mark.write_text(fingerprint)
+            mark.write_text(text)
 
     def has(self, number: int) -> bool:
         """Whether the n-th episode is there."""
@@ -66,6 +67,13 @@ class Parts:
 
     def _path(self, number: int) -> Path:
         return self._directory / f'{number:06}.npz'
+
+
+def state_of(bag: Path) -> str:
+    """Return a text that changes when a file of the bag does."""
+    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
+             for path in storage_files(bag)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def key_of(bag: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -123,6 +124,11 @@ def _weights(checkpoint: str) -> str:
     path = Path(checkpoint, 'model.safetensors')
     if not checkpoint or not path.is_file():
         return ''
+    return _digest(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: Path, changed_ns: int) -> str:
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(1 << 22):

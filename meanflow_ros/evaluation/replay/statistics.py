@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 
 
 def number(value) -> float | None:

@@ -9,6 +9,8 @@ HEADLINES = {
     STOP: 'Do not let this policy move the arm yet.',
     LOOK: 'Nothing forbids a careful first try, but look at these points before it.',
     GOOD: 'These recordings show no reason against a careful first try on the robot.'}
+OF_THE_RECORDING = ('A check of the replay itself: the recorded commands stood in for a policy, '
+                    'so every error must be 0.')
 FEW_EPISODES = 5
 
 
@@ -33,7 +35,8 @@ def judge(document: dict) -> dict:
     order = [STOP, LOOK, GOOD]
     findings.sort(key=lambda finding: order.index(finding.level))
     level = findings[0].level if findings else GOOD
-    return {'level': level, 'headline': HEADLINES[level],
+    recorded = document['policy']['kind'] == 'recorded'
+    return {'level': level, 'headline': OF_THE_RECORDING if recorded else HEADLINES[level],
             'findings': [asdict(finding) for finding in findings],
             'limits': 'A replay shows what the policy says to recorded inputs. It cannot show '
                       'how the robot would have gone on from there: keep the safety of the '
