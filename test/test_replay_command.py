@@ -98,7 +98,7 @@ def test_a_real_recording_replayed_as_its_own_policy_has_no_error(tmp_path, caps
                      'recorded', '--out', str(tmp_path / 'out'),
                      '--fail-if', 'max(executed.max) > 0', '--fail-if', 'max(horizon.p99) > 0'])
     document = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
-    assert code == 0 and 'off by 0.00' in capsys.readouterr().out
+    assert code == 0 and 'off by 0.00 times' in capsys.readouterr().out
     assert document['counts']['episodes'] == 25 and document['counts']['compared_steps'] == 250
     assert len({text for each in document['episodes'] for text in each['instructions']}) == 4
     assert document['relative_error']['value'] == 0.0

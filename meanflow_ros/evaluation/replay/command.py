@@ -20,6 +20,7 @@ from meanflow_ros.evaluation.replay import jobs, latency
 from meanflow_ros.evaluation.replay.acting import Acting, make_acting
 from meanflow_ros.evaluation.replay.gate import Condition
 from meanflow_ros.evaluation.replay.latency import MEASURED, Latency
+from meanflow_ros.evaluation.replay.pages import write_report
 from meanflow_ros.evaluation.replay.parts import Parts
 from meanflow_ros.evaluation.replay.settings import (
     CHECKPOINT, POLICIES, RECEDING, RECORDED, ReplaySettings, read_robot_and_data)
@@ -34,7 +35,7 @@ DESCRIPTION = (
     'Replay rosbag2 recordings through the ingest, policy, guard and timeline of the node, on the '
     'time of the recording and with the latency of the robot, and compare with the recorded '
     'actions. No ROS installation is needed.')
-PARTS, METRICS, LATENCY = 'parts', 'metrics.json', 'latency.json'
+PARTS, METRICS, LATENCY, REPORT = 'parts', 'metrics.json', 'latency.json', 'report.html'
 
 
 def add_parser(commands) -> None:
@@ -265,6 +266,9 @@ def write_results(bags: Sequence[Path], settings: ReplaySettings, reports: dict[
                   for bag in bags]
     document = summarize(episodes, recordings, settings)
     write_json(out / METRICS, document)
+    places = [(each, number) for each in parts for number in each.numbers()]
+    write_report(out / REPORT, document, episodes,
+                 lambda index: places[index][0].episode(places[index][1]))
     return document
 
 

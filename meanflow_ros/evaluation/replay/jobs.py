@@ -38,9 +38,10 @@ def run_in_processes(bags: Sequence[Path], settings: ReplaySettings, directory: 
                      jobs: int, *, done: Done) -> None:
     """Replay bags with `jobs` processes; `done` is called in the order in which they finish."""
     fingerprint = settings.fingerprint()
-    with concurrent.futures.ProcessPoolExecutor(
-            min(jobs, len(bags)), multiprocessing.get_context('spawn'), _begin_worker,
-            (settings,)) as pool:
+    context = multiprocessing.get_context('forkserver')    # which imports PyTorch once for all
+    context.set_forkserver_preload([__name__])
+    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(bags)), context, _begin_worker,
+                                                (settings,)) as pool:
         waiting = {pool.submit(_work_in_process, bag, settings, directory, fingerprint): bag
                    for bag in bags}
         try:

@@ -50,10 +50,18 @@ class Parts:
         path = self._directory / REPORT
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def episodes(self, *, pictures: bool = False) -> Iterator[EpisodeReplay]:
-        """Yield the episodes in their order."""
-        for path in sorted(self._directory.glob('*.npz')):
-            yield EpisodeReplay.load(path, pictures=pictures)
+    def numbers(self) -> list[int]:
+        """Return the numbers of the episodes that are there, in their order."""
+        return sorted(int(path.stem) for path in self._directory.glob('*.npz'))
+
+    def episodes(self) -> Iterator[EpisodeReplay]:
+        """Yield the episodes in their order, without their pictures."""
+        for number in self.numbers():
+            yield EpisodeReplay.load(self._path(number))
+
+    def episode(self, number: int) -> EpisodeReplay:
+        """Return one episode, with its pictures."""
+        return EpisodeReplay.load(self._path(number), pictures=True)
 
     def files(self) -> dict[str, bytes]:
         """Return name -> content of everything, to be sent to another machine."""

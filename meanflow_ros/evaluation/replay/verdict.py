@@ -12,6 +12,7 @@ HEADLINES = {
 OF_THE_RECORDING = ('A check of the replay itself: the recorded commands stood in for a policy, '
                     'so every error must be 0.')
 FEW_EPISODES = 5
+UNMOVED = 0.02      # of the recorded actions' spread
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def _errors(document) -> list[Finding]:
     span = document['relative_error']
     between = ('' if span['low'] is None else
                f' (95 % interval {span["low"]:.2f} to {span["high"]:.2f})')
-    text = (f'The first executed step of a chunk is off by {relative:.2f} of what always '
-            f'commanding the mean would be{between}.')
+    text = (f'The first executed step of a chunk is off by {relative:.2f} times as much as always '
+            f'commanding the mean action would be{between}.')
     return [Finding(GOOD if relative < 0.5 else LOOK if relative < 1 else STOP, text,
                     'relative_error')]
 
@@ -117,21 +118,26 @@ def _inputs(document) -> list[Finding]:
 
 
 def _probes(document) -> list[Finding]:
+    moved = {name: probe['moved'] for name, probe in document['probes'].items()
+             if isinstance(probe, dict) and probe.get('moved') is not None}
+    cameras = {name.removeprefix('blanked '): value for name, value in moved.items()
+               if name.startswith('blanked ')}
+    blind = [name for name, value in cameras.items() if value < UNMOVED]
     found = []
-    for name, probe in document['probes'].items():
-        if not isinstance(probe, dict) or 'moved' not in probe or probe['moved'] is None:
-            continue
-        where = f'probes.{name}'
-        if name.startswith('blanked') and probe['moved'] < 0.02:
-            found.append(Finding(LOOK, f'It does not look at camera '
-                                       f'{name.removeprefix("blanked ")!r}: without it, the '
-                                       f'actions are the same.', where))
-        elif name == 'swapped instruction' and probe['moved'] < 0.02:
-            found.append(Finding(LOOK, 'It does not listen: with another instruction, the '
-                                       'actions are the same.', where))
-        elif name == 'swapped instruction':
-            found.append(Finding(GOOD, f'It listens: another instruction changes the actions by '
-                                       f'{probe["moved"]:.2f}.', where))
+    if blind:
+        found.append(Finding(LOOK, f'It does not look at camera {", ".join(map(repr, blind))}: '
+                                   f'in grey, it changes next to nothing.',
+                             f'probes."blanked {blind[0]}".moved'))
+    elif cameras:
+        found.append(Finding(GOOD, 'It looks: every camera, in grey, changes the actions.',
+                             'probes'))
+    told, where = moved.get('swapped instruction'), 'probes."swapped instruction".moved'
+    if told is not None and told < UNMOVED:
+        found.append(Finding(LOOK, 'It does not listen: with another instruction, the actions are '
+                                   'next to the same.', where))
+    elif told is not None:
+        found.append(Finding(GOOD, f'It listens: another instruction moves the actions by '
+                                   f'{told:.2f} of their spread.', where))
     return found
 
 
