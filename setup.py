@@ -58,8 +58,11 @@ setup(
         'train': ['matplotlib', 'tensorboard'],
         # pyarrow reads and writes the tables of a LeRobot data set, av its videos.
         'lerobot': ['pyarrow', 'av'],
-        # setuptools ignores tests_require: colcon finds pytest here.
-        'test': ['pytest', 'hypothesis', 'ruff', 'colcon-common-extensions'],
+        # `evaluate replay --ray`: recordings spread over many machines.
+        'ray': ['ray'],
+        # setuptools ignores tests_require: colcon finds pytest here. mcap reads back what a replay
+        # writes; playwright drives Debian's chromium, in which the report is tried.
+        'test': ['pytest', 'hypothesis', 'ruff', 'colcon-common-extensions', 'mcap', 'playwright'],
     },
     maintainer='The meanflow_ros maintainers',
     maintainer_email='maintainers@meanflow-ros.dev',

@@ -9,7 +9,7 @@ import torch
 
 from meanflow_ros.core.contract import ActionChunk, Observation
 from meanflow_ros.core.policy import DTYPES, Policy
-from meanflow_ros.evaluation.replay.settings import RECORDED, ReplaySettings
+from meanflow_ros.evaluation.replay.settings import LIVE, RECORDED, ReplaySettings
 
 Act = Callable[[Sequence[Observation], Sequence[int]], list[ActionChunk]]
 
@@ -70,4 +70,7 @@ def _alike(observations: Sequence[Observation], most: int) -> list[list[int]]:
 
 def make_acting(settings: ReplaySettings) -> Acting | None:
     """Return what answers; None where the recorded commands are the policy."""
+    if settings.policy == LIVE:
+        from meanflow_ros.evaluation.replay.live import LiveNode
+        return LiveNode(settings)
     return None if settings.policy == RECORDED else Acting(settings)

@@ -50,6 +50,7 @@ class EpisodeReplay:
     notes: tuple[str, ...]
     length_s: float
     first_step: int
+    period_s: float
     stamp_ns: np.ndarray
     taken_ns: np.ndarray
     done_ns: np.ndarray

@@ -33,6 +33,7 @@ class Taken:
     outcome: str = ''
     chunk: ActionChunk | None = None
     prefix: Prefix | None = None
+    known: np.ndarray | None = None      # (T,) which steps of the chunk were heard, all if None
 
 
 @dataclass
@@ -95,10 +96,12 @@ class Gathered:
         """Execute the chunks and compare; ValueError if nothing can be compared."""
         stamps_ns = np.array([taken.stamp_ns for taken in self.taken], np.int64)
         reference, recorded = self._reference(stamps_ns, robot)
-        for taken, own in zip(self.taken, reference):
+        for taken, own, sure in zip(self.taken, reference, recorded):
             if taken.chunk is None:      # the recording itself is the policy
                 taken.chunk = ActionChunk(actions=own, stamp_ns=taken.stamp_ns,
                                           period_s=robot.period_s, first_step=robot.first_step)
+            if taken.known is not None:
+                sure &= taken.known
         ticks_ns = control_ticks(self.first_due_ns, self.actions[0].end_ns(), robot.period_s)
         live = [row for row, taken in enumerate(self.taken) if taken.outcome != DISCARDED]
         result = execute(
@@ -116,7 +119,7 @@ class Gathered:
         return EpisodeReplay(
             bag=self.bag, name=self.name, number=self.number, start_ns=self.start_ns,
             dimensions=robot.action_space.dimensions, instructions=tuple(self.instructions),
-            notes=tuple(self.notes), first_step=robot.first_step,
+            notes=tuple(self.notes), first_step=robot.first_step, period_s=robot.period_s,
             length_s=(int(ticks_ns[-1]) - int(ticks_ns[0])) / NANOSECONDS,
             stamp_ns=stamps_ns, taken_ns=taken_ns,
             done_ns=np.array([taken.done_ns for taken in self.taken], np.int64),

@@ -8,7 +8,7 @@ lets the choice of an observation depend on nothing that the network says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -37,7 +37,8 @@ class Player:
 
     infer(batch of Taken): sets the chunk of each; it is called with up to `batch` of them.
     instructions: of the episodes, where no topic has them. wanted: whether the n-th episode is.
-    prober: is offered every observation that is taken.
+    prober: is offered every observation that is taken. answers: stamp -> when a node's answer
+    came; then these observations are taken, and no latency is drawn.
     """
 
     def __init__(self, bag: str, robot: RobotSpec, data: DataConfig, topics: Topics, *,
@@ -45,13 +46,14 @@ class Player:
                  batch: int = 16, mode: Mode | None = None, guard: GuardSettings | None = None,
                  instructions: Instructions | str | None = None,
                  wanted: Callable[[int], bool] = lambda number: True,
-                 prober: Prober | None = None):
+                 prober: Prober | None = None, answers: Mapping[int, int] | None = None):
         self._bag, self._robot, self._data, self._topics = bag, robot, data, topics
         self._infer, self._latency, self._seed = infer, latency, seed
         self._mode, self._guard = mode or RecedingHorizon(), guard
         self._foresees = decides_what_is_inferred(self._mode)
         self._batch = 1 if self._foresees else batch
         self._instructions, self._wanted, self._prober = instructions, wanted, prober
+        self._answers = answers
         self._ingest = Ingest(robot, limits=data.limits())
         self._cutter = Cutter(data)
         self._running: Gathered | None = None
@@ -179,6 +181,15 @@ class Player:
         return None if self._looked_ns is None else self._looked_ns + POLL_NS
 
     def _look(self, now_ns: int) -> None:
+        if self._answers is None:
+            self._look_as_the_node(now_ns)
+        elif (self._seen_common_ns is None
+              or self._ingest.newest_common_ns() != self._seen_common_ns):
+            observation = self._observe(now_ns)
+            if observation is not None and observation.stamp_ns in self._answers:
+                self._take(observation, now_ns)
+
+    def _look_as_the_node(self, now_ns: int) -> None:
         if self._busy_until_ns is not None:
             if now_ns < self._busy_until_ns:
                 return
@@ -187,18 +198,22 @@ class Player:
         if self._nothing_new(now_ns) or (self._foresight and not self._foresight.wants(
                 now_ns, self._latency.typical_ns())):
             return
+        observation = self._observe(now_ns)
+        if observation is not None and not self._cutter.paused(now_ns):
+            self._take(observation, now_ns)
+
+    def _observe(self, now_ns: int) -> Observation | None:
+        """Return an observation that has not been taken, or note what is missing."""
         try:
             observation = self._ingest.observe(now_ns=now_ns)
         except NoObservation as reason:
             self._note_missing(reason, now_ns)
-            return
+            return None
         self._note_missing(None, now_ns)
         self._fault_heard = False
         self._seen_common_ns = self._ingest.newest_common_ns()
         taken = self._running.taken
-        if not (taken and observation.stamp_ns <= taken[-1].stamp_ns) and not self._cutter.paused(
-                now_ns):
-            self._take(observation, now_ns)
+        return None if taken and observation.stamp_ns <= taken[-1].stamp_ns else observation
 
     def _finish(self) -> None:
         """End the inference that was under way."""
@@ -225,10 +240,12 @@ class Player:
 
     def _take(self, observation: Observation, now_ns: int) -> None:
         running = self._running
+        done_ns = (now_ns + self._draw() if self._answers is None
+                   else max(now_ns, self._answers[observation.stamp_ns]))
         taken = Taken(observation=observation, stamp_ns=observation.stamp_ns, taken_ns=now_ns,
-                      done_ns=now_ns + self._draw(), state=observation.state
+                      done_ns=done_ns, state=observation.state
                       if observation.state is not None else np.zeros(0))
-        self._busy_until_ns = taken.done_ns
+        self._busy_until_ns = done_ns if self._answers is None else None
         if self._foresight:
             taken.prefix = self._foresight.prefix(taken.stamp_ns)
         running.keep_pictures(observation)
@@ -317,6 +334,7 @@ class Player:
             return running.replayed(self._robot, self._mode, self._guard, probed, probes)
         except ValueError as error:
             return Skipped(name=running.name, reason=str(error))
+
 
 def kind_of(reason: NoObservation) -> str:
     """Return the named kind of a missing input."""

@@ -10,8 +10,8 @@ from meanflow_ros.core.contract import NANOSECONDS
 from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.evaluation.replay.player import Player
 from meanflow_ros.evaluation.replay.probes import Prober, other_instruction
-from meanflow_ros.evaluation.replay.settings import ReplaySettings
-from meanflow_ros.evaluation.replay.topics import find_topics
+from meanflow_ros.evaluation.replay.settings import LIVE, ReplaySettings
+from meanflow_ros.evaluation.replay.topics import topics_of
 from meanflow_ros.ros.bag_files import Bag
 from meanflow_ros.training.episode import Skipped
 
@@ -21,7 +21,8 @@ class BagReport:
     """What is known of a bag beside its episodes.
 
     seconds, messages: that were read. lost: what could not be read. skipped: (episode, why).
-    error: why it could not be replayed at all. inference_s, inferred: time and chunks.
+    error: why it could not be replayed at all. inference_s, inferred: time and chunks. node: what
+    a node that was played to says in /diagnostics at the end.
     """
 
     name: str
@@ -33,6 +34,7 @@ class BagReport:
     error: str = ''
     inference_s: float = 0.0
     inferred: int = 0
+    node: dict[str, str] = field(default_factory=dict)
 
 
 def replay_bag(path: Path, settings: ReplaySettings, acting, report: BagReport, *,
@@ -44,25 +46,24 @@ def replay_bag(path: Path, settings: ReplaySettings, acting, report: BagReport, 
     done: whether the n-th episode is there already. ValueError if the bag has not what the
     policy needs, or nothing of it can be read.
     """
-    data = settings.data
-    instructions = settings.instruction or data.instructions_of(path)
     with Bag(path) as bag:
         report.distribution, report.lost = bag.distribution, bag.lost
         if not bag.topics or bag.start_ns is None:
             raise ValueError(f'{path} is empty: there is no message in it'
                              + (f' ({"; ".join(bag.lost)})' if bag.lost else ''))
-        topics = find_topics(bag.topics, settings.robot, data, settings.remaps,
-                             told=instructions is not None)
+        topics, instructions = topics_of(bag, settings)
+        start_ns, stop_ns = settings.part_of(bag)
+        answers = None
+        if settings.policy == LIVE:
+            answers, report.node = acting.play(bag, topics, start_ns, stop_ns, instructions)
         player = Player(
-            bag.name, settings.robot, data, topics, latency=settings.latency,
-            seed=settings.seed, batch=settings.batch, instructions=instructions,
+            bag.name, settings.robot, settings.data, topics, answers=answers,
+            latency=settings.latency, seed=settings.seed, batch=settings.batch,
+            instructions=instructions,
             infer=acting.infer if acting else lambda queue: None, mode=settings.mode,
             guard=settings.guard, prober=_prober(settings, acting),
             wanted=lambda number: not done(number) and (not settings.episodes
                                                         or number in settings.episodes))
-        start_ns = bag.start_ns + round(settings.start_s * NANOSECONDS)
-        stop_ns = (start_ns + round(settings.duration_s * NANOSECONDS)
-                   if settings.duration_s else None)
         if settings.start_s:
             for raw in bag.messages(topics.latched(), None, start_ns):
                 for _ in player.take(raw):
@@ -78,7 +79,7 @@ def replay_bag(path: Path, settings: ReplaySettings, acting, report: BagReport, 
 
 
 def _prober(settings: ReplaySettings, acting) -> Prober | None:
-    if acting is None or not settings.probe_every_s:
+    if settings.policy == LIVE or acting is None or not settings.probe_every_s:
         return None
     swap = other_instruction(settings.known_instructions)
     if settings.swapped_instruction:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from meanflow_ros.core.contract import RobotSpec, clean_instruction
+from meanflow_ros.core.contract import NANOSECONDS, RobotSpec, clean_instruction
 from meanflow_ros.core.guard import GuardSettings
 from meanflow_ros.core.policy import MAX_STEPS, read_config, read_robot
 from meanflow_ros.core.schema import known_or_hint, read_dataclass, to_plain
@@ -21,7 +21,7 @@ from meanflow_ros.core.timeline import Mode, RecedingHorizon
 from meanflow_ros.evaluation.replay.latency import Latency
 from meanflow_ros.training.data_config import DataConfig
 
-CHECKPOINT, RECORDED = 'checkpoint', 'recorded'
+CHECKPOINT, RECORDED, LIVE = 'checkpoint', 'recorded', 'live'
 POLICIES = (CHECKPOINT, RECORDED)
 RECEDING = 'receding_horizon'
 
@@ -30,14 +30,16 @@ RECEDING = 'receding_horizon'
 class ReplaySettings:
     """One replay. ValueError names a bad field.
 
-    policy: the checkpoint's network, or the recorded commands in its place, which must score no
-    error. sampler_steps: NFE, 0 for the checkpoint's own. remaps: the policy's name of a topic ->
-    the bag's. start_s, duration_s: of each bag, from its first message; duration 0 is all.
-    episodes: which episodes of each bag, by their order; empty is all. instruction: told in place
-    of the recorded ones. probe_every_s: seconds between probed observations, 0 for no probes.
-    noise_seeds: seeds drawn per probed observation. swapped_instruction: what the probe says, ''
-    for another of `known_instructions`, those of the recordings. execution: as the parameter of
-    the node. motion: a motion file, whose limits the guard applies; '' for the checkpoint's.
+    policy: the checkpoint's network, the recorded commands in its place, which must score no
+    error, or a node that runs (live). sampler_steps: NFE, 0 for the checkpoint's own. remaps: the
+    policy's name of a topic -> the bag's. start_s, duration_s: of each bag, from its first
+    message; duration 0 is all. episodes: which episodes of each bag, by their order; empty is all.
+    instruction: told in place of the recorded ones. probe_every_s: seconds between probed
+    observations, 0 for no probes. noise_seeds: seeds drawn per probed observation.
+    swapped_instruction: what the probe says, '' for another of `known_instructions`, those of the
+    recordings. execution: as the parameter of the node. motion: a motion file, whose limits the
+    guard applies; '' for the checkpoint's.
+    namespace: of the node that runs.
     """
 
     robot: RobotSpec
@@ -61,10 +63,12 @@ class ReplaySettings:
     known_instructions: tuple[str, ...] = ()
     execution: str = RECEDING
     motion: str = ''
+    namespace: str = ''
 
     def __post_init__(self):
-        if self.policy not in POLICIES:
-            raise ValueError(f'policy must be one of {", ".join(POLICIES)}, got {self.policy!r}')
+        if self.policy not in (*POLICIES, LIVE):
+            raise ValueError(f'policy must be one of {", ".join((*POLICIES, LIVE))}, '
+                             f'got {self.policy!r}')
         if self.policy == CHECKPOINT and not self.checkpoint:
             raise ValueError('a checkpoint is needed: --checkpoint DIR')
         if not 0 <= self.sampler_steps <= MAX_STEPS:
@@ -105,6 +109,12 @@ class ReplaySettings:
             return None
         normalizer = read_config(Path(self.checkpoint, 'policy.yaml')).state_normalizer
         return None if normalizer is None else (normalizer.low, normalizer.high)
+
+    def part_of(self, bag) -> tuple[int, int | None]:
+        """Return the first time of the part of an open bag that is replayed, and where it ends."""
+        start_ns = bag.start_ns + round(self.start_s * NANOSECONDS)
+        return start_ns, (start_ns + round(self.duration_s * NANOSECONDS)
+                          if self.duration_s else None)
 
     def plain(self) -> dict:
         """Return the settings as plain values."""

@@ -11,7 +11,7 @@ from meanflow_ros.ros.bag import absolute_topic
 from meanflow_ros.ros.bag_files import Channel, topic_list
 from meanflow_ros.ros.from_messages import ActionReader, action_reader, scalar_action
 from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE
-from meanflow_ros.training.data_config import DataConfig
+from meanflow_ros.training.data_config import DataConfig, Instructions
 
 CLOCK, STRING, JOINT_STATE = 'rosgraph_msgs/msg/Clock', 'std_msgs/msg/String', \
     'sensor_msgs/msg/JointState'
@@ -91,6 +91,13 @@ def find_topics(found: Mapping[str, Channel], robot: RobotSpec, data: DataConfig
         clock=search.find('use_sim_time', '/clock', CLOCK) if data.use_sim_time else '')
     search.require_used()
     return topics
+
+
+def topics_of(bag, settings) -> tuple[Topics, Instructions | str | None]:
+    """Return the topics of an open bag, and its instructions where no topic has them."""
+    told = settings.instruction or settings.data.instructions_of(bag.path)
+    return find_topics(bag.topics, settings.robot, settings.data, settings.remaps,
+                       told=told is not None), told
 
 
 class _Search:

@@ -167,13 +167,14 @@ function environment(found) {
 function comparison(found) {
   verdict(found.verdict, 'comparison', `A: ${found.a.name}. B: ${found.b.name}. ${found.pairs} episodes, paired.`);
   const each = (what, name) => round(found[name][what]);
+  const rows = Object.entries(found.differences).map(([name, row]) => ({name: name.replace('_', ' '), ...row}));
   section('difference', 'B less A', 'With 95 % bootstrap intervals over whole episodes; below 0, B is nearer to the recording. Relative: in units of the recorded actions’ own spread.',
-    element('div', {id: 'difference-plots'}, bars({label: 'difference of the errors', rows: found.differences.map(row => ({name: row.name, ...row.relative, text: `${round(row.difference.value)} ${unitText(row.unit)}`,
+    element('div', {id: 'difference-plots'}, bars({label: 'difference of the errors', rows: rows.map(row => ({name: row.name, ...row.relative, text: `${round(row.difference.value)} ${unitText(row.unit)}`,
       colour: row.relative.high < 0 ? 'var(--good)' : row.relative.low > 0 ? 'var(--stop)' : 'var(--soft)'}))})),
-    table(['', 'A', 'B', 'B less A', '95 % interval'], found.differences.map(row => [row.name + (unitText(row.unit) ? `, ${row.unit}` : ''), round(row.a), round(row.b), round(row.difference.value),
+    table(['', 'A', 'B', 'B less A', '95 % interval'], rows.map(row => [row.name + (unitText(row.unit) ? `, ${row.unit}` : ''), round(row.a), round(row.b), round(row.difference.value),
       finite(row.difference.low) ? `${round(row.difference.low)} to ${round(row.difference.high)}` : '–'])));
   section('both', 'Side by side', '', table(['', 'A', 'B'], [['relative error', 'relative_error'], ['latency p50, ms', 'latency_p50_ms'], ['latency p99, ms', 'latency_p99_ms'], ['share of missed deadlines', 'missed_share'], ['share of stale steps', 'stale_share'], ['chunks refused', 'rejected']]
-    .map(([words, key]) => [words, each(key, 'a'), each(key, 'b')])), element('p', {class: 'note'}, 'The reports of A and B lie beside this one, in a/ and b/.'));
+    .map(([words, key]) => [words, each(key, 'a'), each(key, 'b')]).concat([['verdict', element('span', {}, found.a.verdict), element('span', {}, found.b.verdict)]])), element('p', {class: 'note'}, 'The reports of A and B lie beside this one, in a/ and b/.'));
   environment(found);
 }
 

@@ -36,8 +36,9 @@ class Timeline {
   }
 
   plot(name, index) {
-    const {t, executed, expected, marks} = this.episode;
-    const drawn = frame({x: [t[0], Math.max(t[t.length - 1], t[0] + 1e-3)], y: span([executed[index], expected[index]]),
+    const {t, executed, expected, marks, frames} = this.episode;
+    const drawn = frame({x: [t[0], Math.max(t[t.length - 1], t[0] + 1e-3)],
+      y: span([executed[index], expected[index], frames.chunks.flatMap(chunk => chunk.map(step => step[index]))]),
       label: `${name}: recorded and executed`, xName: 'seconds', width: 340, height: 160});
     const marked = (wanted, colour, what) => {
       const width = Math.max(1.2, (drawn.width - drawn.left - drawn.right) / t.length);
