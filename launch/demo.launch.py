@@ -35,7 +35,8 @@ def generate_launch_description() -> LaunchDescription:
     policy = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(PathJoinSubstitution(
             [FindPackageShare('meanflow_ros'), 'launch', 'policy.launch.py'])),
-        launch_arguments={'use_sim_time': 'true',
+        launch_arguments={'use_sim_time': 'true', 'parameters': PathJoinSubstitution(
+            [FindPackageShare('meanflow_ros'), 'config', 'simulation.yaml']),
                           **{name: LaunchConfiguration(name)
                              for name in ('checkpoint', 'device', 'namespace')}}.items())
     return LaunchDescription([

@@ -16,6 +16,8 @@ ARGUMENTS = {
                        'one that ships'),
     'device': ('', 'auto, cpu, cuda or cuda:N; empty for the one in the parameters file'),
     'instruction': ('', 'instruction until one arrives on the topic'),
+    'motion': ('', 'file that says how the robot is driven, see config/motion_*.yaml; empty for '
+                   'the one in the parameters file, or chunks alone'),
     'namespace': ('', 'namespace of the node and its topics'),
     'use_sim_time': ('false', 'take the time from /clock'),
     'autostart': ('true', 'configure and activate without a lifecycle manager'),
@@ -45,7 +47,7 @@ def _node(context) -> list[LifecycleNode]:
              for name in ('parameters', *ARGUMENTS, 'log_level')}
     if not Path(value['parameters']).is_file():
         raise ValueError(f"there is no parameters file {value['parameters']}")
-    parameters = {name: value[name] for name in ('checkpoint', 'device', 'instruction')
+    parameters = {name: value[name] for name in ('checkpoint', 'device', 'instruction', 'motion')
                   if value[name]}
     parameters |= {name: _flag(name, value[name]) for name in ('use_sim_time', 'autostart')}
     return [LifecycleNode(

@@ -31,8 +31,8 @@ from trajectory_msgs.msg import JointTrajectory
 from meanflow_ros.core.contract import NANOSECONDS, Observation
 from meanflow_ros.ros import to_messages
 from meanflow_ros.ros.from_messages import time_ns
-from meanflow_ros.ros.ingest import NoObservation
 from meanflow_ros.ros.policy_node import PolicyNode
+from meanflow_ros.ros.streams import NoObservation
 from micro_policy import CAMERAS, HEIGHT, JOINTS, WIDTH
 
 PERIOD_S = 0.033

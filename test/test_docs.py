@@ -14,14 +14,17 @@ from rclpy.parameter import Parameter  # noqa: E402
 
 from meanflow_ros.core.meanflow import LOSSES  # noqa: E402
 from meanflow_ros.paths import share_directory  # noqa: E402
+from meanflow_ros.ros.motion_config import OUTPUTS, MotionConfig  # noqa: E402
 from meanflow_ros.ros.parameters import DECLARATIONS  # noqa: E402
 from meanflow_ros.ros.policy_node import PolicyNode  # noqa: E402
+from meanflow_ros.ros.streams import KINDS  # noqa: E402
 from meanflow_ros.training.config import options  # noqa: E402
 from meanflow_ros.training.data_config import DataConfig  # noqa: E402
 from micro_policy import CAMERAS  # noqa: E402
 
 README = Path(__file__).parent.parent / 'README.md'
 TRAINING = README.parent / 'docs' / 'training.md'
+MOTION = README.parent / 'docs' / 'motion.md'
 CONFIG = share_directory() / 'config' / 'policy.yaml'
 OF_EVERY_NODE = {'/rosout', '/parameter_events', '/clock', '/meanflow_policy/transition_event'}
 
@@ -50,6 +53,18 @@ def test_training_md_names_every_field_of_the_section_data():
     defaults = DataConfig()
     assert rows('data', TRAINING) == [[field.name, repr(getattr(defaults, field.name))]
                                       for field in dataclasses.fields(DataConfig)]
+
+
+def test_motion_md_names_every_field_of_a_motion_file_with_its_default():
+    defaults = MotionConfig()
+    assert [row[:2] for row in rows('motion', MOTION)] == [
+        [field.name, repr(getattr(defaults, field.name))]
+        for field in dataclasses.fields(MotionConfig)]
+
+
+def test_motion_md_names_every_output_and_every_kind_of_missing_input():
+    assert [row[0] for row in rows('outputs', MOTION)] == list(OUTPUTS)
+    assert [row[0] for row in rows('kinds', MOTION)] == list(KINDS)
 
 
 def test_training_md_names_every_loss():
@@ -99,4 +114,6 @@ def test_the_readme_names_every_topic_with_its_type(micro_checkpoint):
         for camera in CAMERAS:
             topic = '/' + name.replace('<key>', camera).replace('~', 'meanflow_policy').lstrip('/')
             written[topic] = (kind, direction)
+    # Only where actions are positions of measured joints, which is not so for this policy.
+    assert written.pop('/robot_description') == ('std_msgs/String', 'in')
     assert written == found

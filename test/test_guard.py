@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as arrays
 from meanflow_ros.core.contract import (
     ActionChunk, ActionSpace, CameraSpec, RobotSpec, SafeChunk, SafeCommand)
 from meanflow_ros.core.guard import Guard, GuardSettings, Rejected
+from meanflow_ros.core.limiter import Limiter
 from meanflow_ros.core.limits import Limits
 
 LOWER, UPPER = np.array([-0.37, 12.5]), np.array([0.21, 13.7])
@@ -303,6 +304,18 @@ def test_the_stream_reaches_a_target_and_stays():
     require_within_limits(commands)
 
 
+@pytest.mark.parametrize('lower, upper', [(0.0021, 0.0133), (-3.07, -0.07), (-1.0, 1.0)])
+@pytest.mark.parametrize('jerk', [np.inf, 20.0])
+def test_the_stream_moves_wherever_its_range_lies(lower, upper, jerk):
+    span = upper - lower
+    limits = Limits(names=('g',), lower=[lower], upper=[upper], velocity=[span],
+                    acceleration=[9 * span], jerk=[jerk * span])
+    limiter = Limiter(limits, np.array([lower + 0.1 * span]))
+    target = np.array([lower + 0.83 * span])
+    commands = [limiter.step(target, 0.02) for _ in range(80)]
+    np.testing.assert_allclose(commands[-1], target, atol=1e-6 * span)
+
+
 def test_a_dimension_without_limits_of_change_follows_at_once():
     assert streamed([np.array([0.0, 0.0, 0.0, 2.5])])[1, 3] == 2.5
 
@@ -333,6 +346,39 @@ def test_a_target_that_is_no_number_stops_and_counts():
               for n in range(40, 140)]
     assert stream.interventions == {'not_finite': 100}
     assert fast < values[-1] < 1.0 and values[-1] == pytest.approx(values[-2], abs=1e-12)
+
+
+def test_a_clamped_start_outside_the_limits_rejects():
+    guard = Guard(LIMITED, GuardSettings(first_step=np.full(4, 0.01),
+                                         remedies={'first_step': 'clamp'}))
+    chunk = ActionChunk(actions=np.array([[0.0, 0.0, 0.01, 0.0]]), stamp_ns=0, period_s=0.1)
+    guard.check(chunk, now_ns=0, start=np.array([0.5, 0.401, 0.0, 0.0]))
+    with pytest.raises(Rejected, match="'a' is at 1.5, outside its limits"):
+        guard.check(chunk, now_ns=0, start=np.array([1.5, 0.0, 0.0, 0.0]))
+
+
+def test_after_a_gap_a_rate_begins_at_nothing():
+    rates = dataclasses.replace(LIMITED, action_space=dataclasses.replace(
+        LIMITED.action_space, rates=('b',)))
+    stream, target = Guard(rates), np.array([0.1, 0.3, 0.0, 0.0])
+    stream.stand(np.array([0.1, 0.0, 0.0, 0.0]))
+    for tick in range(1, 100):
+        before = stream.command(target, now_ns=tick * TICK_NS, period_s=0.01).values
+    after = stream.command(target, now_ns=106 * TICK_NS, period_s=0.01).values
+    assert before[1] == pytest.approx(0.3) and after[1] <= 0.005 + 1e-9
+
+
+def test_after_the_last_command_of_a_stream_none_needs_to_come():
+    rates = dataclasses.replace(LIMITED, action_space=dataclasses.replace(
+        LIMITED.action_space, rates=('b',)))
+    stream = Guard(rates)
+    stream.stand(np.array([0.1, 0.0, 0.0, 0.0]))
+    for tick in range(1, 40):
+        moving = stream.command(np.array([0.9, 0.3, 0.04, 1.0]), now_ns=tick * TICK_NS,
+                                period_s=0.01).values
+    last = stream.last_command(now_ns=40 * TICK_NS, period_s=0.01).values
+    assert moving[1] > 0.1 and last[1] == 0.0
+    assert moving[0] < last[0] <= moving[0] + 0.01 and last[3] == 1.0
 
 
 def test_a_stream_begins_where_the_robot_stands_and_not_outside_its_limits():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from meanflow_ros.core.contract import ActionSpace, CameraSpec, RobotSpec
-from meanflow_ros.ros.ingest import Ingest, IngestLimits, NoObservation
+from meanflow_ros.ros.ingest import Ingest
+from meanflow_ros.ros.streams import IngestLimits, NoObservation
 
 MS = 1_000_000
 T0 = 1_700_000_000_123_456_789
@@ -188,8 +189,8 @@ def test_pictures_too_far_apart_do_not_make_an_observation(ingest):
     feed(ingest, T0, leave_out=['wrist'])
     ingest.add_image('wrist', picture(T0 + 61 * MS), now_ns=T0 + 61 * MS)
     fault = why_not(ingest, T0 + 61 * MS)
-    assert fault.stream == 'camera/wrist'
-    assert '0.061 s apart from the oldest picture, at most 0.06 s' in fault.reason
+    assert fault.stream == 'camera/front'
+    assert fault.reason == 'is 0.061 s behind camera/wrist, at most 0.06 s is allowed'
     ingest.add_image('front', picture(T0 + 2 * MS), now_ns=T0 + 61 * MS)
     ingest.add_joint_state(joints(T0 + 61 * MS), now_ns=T0 + 61 * MS)
     assert ingest.observe(now_ns=T0 + 61 * MS).stamp_ns == T0 + 2 * MS
@@ -256,7 +257,7 @@ def test_a_backward_jump_of_the_clock_forgets_everything_and_is_returned(ingest)
     assert ingest.clock(T0) is None
     feed(ingest, T0)
     assert ingest.clock(T0) is None
-    assert ingest.clock(T0 - 2500 * MS) == pytest.approx(2.5)
+    assert ingest.clock(T0 - 2500 * MS) == pytest.approx(-2.5)
     assert set(ingest.newest_stamps_ns().values()) == {None}
     assert why_not(ingest, T0 - 2500 * MS).waiting
     feed(ingest, T0 - 2400 * MS, leave_out=['instruction'])
@@ -295,3 +296,126 @@ def test_a_compressed_picture_is_decoded_and_a_broken_one_is_named(ingest):
         now_ns=T0 + MS)
     ingest.add_image('front', picture(T0 + MS), now_ns=T0 + MS)
     assert ingest.observe(now_ns=T0 + MS).images['wrist'][0, 0].tolist() == [201, 0, 0]
+
+
+def test_a_jump_ahead_of_steady_time_forgets_everything_and_is_returned(ingest):
+    ingest.clock(T0, 5 * MS)
+    feed(ingest, T0)
+    assert ingest.clock(T0 + 990 * MS, 5 * MS) is None        # less than a second: no jump
+    assert ingest.clock(T0 + 3000 * MS, 15 * MS) == pytest.approx(2.0)
+    assert why_not(ingest, T0 + 3000 * MS).waiting
+    assert ingest.clock(T0 + 9000 * MS, 6015 * MS) is None    # time that has really passed
+
+
+def test_simulated_time_may_run_fast(ingest):
+    ingest.clock(T0)
+    feed(ingest, T0)
+    assert ingest.clock(T0 + 400 * MS) is None and ingest.clock(T0 + 90_000 * MS) is None
+    assert not why_not(ingest, T0 + 90_000 * MS).waiting
+
+
+@pytest.mark.parametrize(('break_it', 'kind'), [
+    (lambda ingest: ingest.add_image('front', picture(T0 + 2 * MS, width=5), now_ns=T0),
+     'malformed'),
+    (lambda ingest: ingest.add_image('front', picture(T0), now_ns=T0), 'order'),
+    (lambda ingest: ingest.add_image('front', picture(T0 + 9000 * MS), now_ns=T0), 'future'),
+    (lambda ingest: ingest.set_instruction(' '), 'malformed'),
+])
+def test_what_is_wrong_with_an_input_has_a_kind(ingest, break_it, kind):
+    feed(ingest, T0)
+    with pytest.raises(ValueError):
+        break_it(ingest)
+    assert why_not(ingest, T0).kind == kind
+
+
+def test_absent_stale_and_skewed_are_kinds_too(ingest):
+    assert why_not(ingest, T0).kind == 'absent'
+    feed(ingest, T0)
+    assert why_not(ingest, T0 + 501 * MS).kind == 'stale'
+    feed(ingest, T0 + 600 * MS, leave_out=['wrist'])
+    assert why_not(ingest, T0 + 640 * MS).kind == 'stale'
+    ingest.add_image('wrist', picture(T0 + 700 * MS), now_ns=T0 + 700 * MS)
+    assert why_not(ingest, T0 + 700 * MS).kind == 'skew'
+
+
+def test_every_stream_is_old_by_its_arrival_too(ingest):
+    feed(ingest, T0 + 200 * MS, now_ns=T0)     # stamps that run ahead
+    assert ingest.observe(now_ns=T0 + 500 * MS).stamp_ns == T0 + 200 * MS
+    reason = why_not(ingest, T0 + 501 * MS)
+    assert reason.kind == 'stale' and reason.reason.startswith('nothing has come for 0.501 s')
+
+
+def watchful(**limits):
+    return Ingest(ROBOT, limits=IngestLimits(**limits))
+
+
+def test_a_camera_that_repeats_a_picture_is_frozen_until_it_changes():
+    ingest = watchful(frozen_pictures=3)
+    for number in range(2):
+        ingest.add_image('front', picture(T0 + number, 9), now_ns=T0)
+        feed(ingest, T0 + 10 * (number + 1), leave_out=['front'], value=number)
+    assert ingest.observe(now_ns=T0).images['front'][0, 0, 0] == 9      # two are not three
+    for number in (21, 22):
+        with pytest.raises(ValueError, match='camera hangs'):
+            ingest.add_image('front', picture(T0 + number, 9), now_ns=T0)
+    reason = why_not(ingest, T0)
+    assert (reason.stream, reason.kind) == ('camera/front', 'frozen')
+    assert reason.reason.startswith('the last 4 pictures are identical')
+    ingest.add_image('front', picture(T0 + 23, 9, data=bytes([9] * 17 + [8])), now_ns=T0)
+    assert ingest.observe(now_ns=T0).stamp_ns == T0 + 20
+
+
+def test_a_picture_that_differs_behind_its_first_bytes_is_no_repeat():
+    ingest = watchful(frozen_pictures=2)
+    large = bytearray(300 * 20 * 3)
+    for number in range(4):
+        large[-1] = number
+        ingest.add_image('front', picture(T0 + number, width=300, height=20, step=900,
+                                          data=bytes(large)), now_ns=T0)
+
+
+def test_a_compressed_camera_that_repeats_its_bytes_is_frozen_too():
+    ingest = watchful(frozen_pictures=2)
+    message = SimpleNamespace(header=header(T0), format='jpeg', data=b'same')
+    ingest.add_compressed_image('wrist', message, now_ns=T0)
+    message = SimpleNamespace(header=header(T0 + 1), format='jpeg', data=b'same')
+    with pytest.raises(ValueError, match='identical'):
+        ingest.add_compressed_image('wrist', message, now_ns=T0)
+
+
+def test_a_camera_below_the_rate_floor_is_slow_by_name():
+    ingest = watchful(min_rate_hz=12.5, max_age_s=10.0)
+    for number in range(9):
+        feed(ingest, T0 + 80 * MS * number, value=number)
+    assert ingest.observe(now_ns=T0 + 640 * MS).stamp_ns == T0 + 640 * MS    # 12.5 Hz
+    feed(ingest, T0 + 720 * MS, leave_out=['wrist'])
+    ingest.add_image('wrist', picture(T0 + 735 * MS), now_ns=T0 + 735 * MS)  # 7 in 0.575 s
+    reason = why_not(ingest, T0 + 735 * MS)
+    assert (reason.stream, reason.kind) == ('camera/wrist', 'slow')
+    assert '12.2 pictures per second' in reason.reason
+
+
+@pytest.mark.parametrize(('rule', 'width', 'height', 'taken'), [
+    ('any', 5, 1, True), ('aspect', 3, 2, True), ('aspect', 300, 200, True),
+    ('aspect', 301, 200, True), ('aspect', 310, 200, False), ('exact', 3, 2, True),
+    ('exact', 6, 4, False),
+])
+def test_a_picture_of_the_wrong_size_is_refused_by_the_rule(rule, width, height, taken):
+    ingest = watchful(picture_size=rule)
+    feed(ingest, T0, leave_out=['wrist'])
+    ingest.add_image('wrist', picture(T0, width=width, height=height, step=3 * width,
+                                      data=bytes(3 * width * height)), now_ns=T0)
+    if taken:
+        assert ingest.observe(now_ns=T0).images['wrist'].shape == (height, width, 3)
+    else:
+        reason = why_not(ingest, T0)
+        assert (reason.stream, reason.kind) == ('camera/wrist', 'size')
+        assert f'picture is {width}x{height}, the checkpoint was trained on 3x2' in reason.reason
+
+
+@pytest.mark.parametrize(('name', 'value'), [
+    ('min_rate_hz', -0.1), ('min_rate_hz', 1001), ('frozen_pictures', 1),
+    ('frozen_pictures', -2), ('picture_size', 'some')])
+def test_what_cannot_be_watched_for_is_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        IngestLimits(**{name: value})

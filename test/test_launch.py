@@ -24,7 +24,7 @@ except PackageNotFoundError:
     pytest.skip('meanflow_ros is not built and sourced: colcon build, . install/setup.sh',
                 allow_module_level=True)
 
-POLICY_ARGUMENTS = {'parameters', 'checkpoint', 'device', 'instruction', 'namespace',
+POLICY_ARGUMENTS = {'parameters', 'checkpoint', 'device', 'instruction', 'motion', 'namespace',
                     'use_sim_time', 'autostart', 'remappings', 'log_level'}
 DEMO_ARGUMENTS = {'task', 'seed', 'lockstep', 'checkpoint', 'device', 'namespace'}
 TIMEOUT_S = 90.0

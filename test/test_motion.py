@@ -1,15 +1,20 @@
 """From chunks to controllers: the three example robots against controllers' documented rules."""
 
 import dataclasses
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or install its wheels')
 
 from controllers import (  # noqa: E402, I001
-    ForwardCommandController, JointTrajectoryController, Servo)
+    ForwardCommandController, JointTrajectoryController, Servo, nanoseconds)
+from std_msgs.msg import Header  # noqa: E402
 
 from meanflow_ros.core.contract import (  # noqa: E402
     ActionChunk, ActionSpace, CameraSpec, RobotSpec)
@@ -17,8 +22,8 @@ from meanflow_ros.core.guard import Guard, Rejected  # noqa: E402
 from meanflow_ros.core.timeline import OpenLoop, RecedingHorizon  # noqa: E402
 from meanflow_ros.ros.motion import Motion  # noqa: E402
 from meanflow_ros.ros.motion_config import (  # noqa: E402
-    MotionConfig, TwistOutput, read_mode, read_motion)
-from meanflow_ros.ros.outputs import make_output  # noqa: E402
+    GripperOutput, JointJogOutput, MotionConfig, TwistOutput, read_mode, read_motion)
+from meanflow_ros.ros.outputs import ends_at_rest, make_output, with_velocities  # noqa: E402
 
 CONFIG = Path(__file__).parents[1] / 'config'
 MS = 1_000_000
@@ -150,6 +155,76 @@ def test_a_trajectory_may_end_in_motion_where_the_controller_allows_it():
         Driven(FRANKA, free, **{'/joint_trajectory_controller/joint_trajectory': receiver}).chunk(
             wave(0.2, 8))
     assert strict.rejected == ['ends in motion'] and lenient.rejected == []
+
+
+@pytest.mark.parametrize('distribution, declared, at_rest', [
+    ('humble', 'auto', False), ('iron', 'auto', True), ('kilted', 'auto', True),
+    (None, 'auto', True), ('jazzy', 'any', False), ('humble', 'zero', True)])
+def test_how_a_trajectory_ends_goes_by_the_distribution_or_by_what_is_declared(
+        monkeypatch, distribution, declared, at_rest):
+    monkeypatch.delenv('ROS_DISTRO', raising=False)
+    if distribution:
+        monkeypatch.setenv('ROS_DISTRO', distribution)
+    assert ends_at_rest(declared) is at_rest
+
+
+points = st.lists(st.tuples(*[st.floats(-1, 1)] * 2), min_size=2, max_size=9)
+
+
+@given(points, st.lists(st.integers(1, 300), min_size=8, max_size=8), st.booleans())
+def test_between_points_no_cubic_leaves_their_range_or_a_velocity_limit(points, gaps, to_rest):
+    positions, limit = np.array(points), np.array([0.7, 3.0])
+    due_ns = np.cumsum([5, *gaps[:len(points) - 1]]) * MS
+    slowest = np.abs(np.diff(positions, axis=0) / np.diff(due_ns)[:, None] * 1e9) / limit
+    stretched_ns, velocities = with_velocities(due_ns, positions, limit, to_rest=to_rest)
+    assert stretched_ns[0] == due_ns[0] and (np.diff(stretched_ns) >= np.diff(due_ns) - 1).all()
+    assert (stretched_ns[-1] - due_ns[0] <= (1 + max(1, slowest.max()) * (
+        due_ns[-1] - due_ns[0]) * 2.25 + len(gaps)))
+    follower = JointTrajectoryController(['a', 'b'], positions[0], nonzero_end_velocity=True)
+    follower._times = stretched_ns / 1e9
+    follower._points = list(zip(positions, velocities))
+    for first, (start, end) in enumerate(zip(stretched_ns, stretched_ns[1:])):
+        low, high = np.sort(positions[first:first + 2], axis=0)
+        for now_ns in np.linspace(start, end, 9)[:-1].round().astype(int):
+            position, velocity = follower.state(int(now_ns))
+            assert (position >= low - 1e-6).all() and (position <= high + 1e-6).all()
+            assert (np.abs(velocity) <= limit * (1 + 1e-4)).all()
+
+
+def test_a_steady_path_keeps_its_times_but_for_the_last_one_and_its_velocity():
+    positions = np.array([[0.1], [0.2], [0.3], [0.4]])
+    due_ns = 100 * MS * np.arange(1, 5)
+    times_ns, velocities = with_velocities(due_ns, positions, np.array([1.1]), to_rest=True)
+    np.testing.assert_allclose(times_ns, [100 * MS, 200 * MS, 300 * MS, 450 * MS], atol=1)
+    np.testing.assert_allclose(velocities[:, 0], [1.0, 1.0, 0.8, 0.0])
+    times_ns, velocities = with_velocities(due_ns, positions, np.array([0.5]), to_rest=False)
+    np.testing.assert_allclose(times_ns, 100 * MS + 200 * MS * np.arange(4), atol=1)
+    np.testing.assert_allclose(velocities[:, 0], 0.5)
+
+
+def test_a_robot_of_joint_rates_jogs_through_servo(monkeypatch):
+    class JointJog:
+        def __init__(self, joint_names, velocities):
+            self.header = Header()
+            self.joint_names, self.velocities = joint_names, velocities
+
+    monkeypatch.setitem(sys.modules, 'control_msgs.msg', types.SimpleNamespace(JointJog=JointJog))
+    config = MotionConfig(outputs=(JointJogOutput(
+        topic='/servo_node/delta_joint_cmds', dimensions=('wz', 'vx'), joints=('j6', 'j1'),
+        frame_id='base'),))
+    driven = Driven(UR, config)
+    driven.chunk(steady(TWIST))
+    driven.run(0.1)
+    topic, at_ns, message = driven.wire.sent[-1]
+    assert topic == '/servo_node/delta_joint_cmds' and message.joint_names == ['j6', 'j1']
+    assert message.velocities == [-0.4, 0.1] and message.header.frame_id == 'base'
+    assert nanoseconds(message.header.stamp) == at_ns == driven.now_ns
+
+
+def test_an_output_whose_messages_are_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'control_msgs.msg', None)
+    with pytest.raises(ValueError, match='install ros-.ROS_DISTRO-control-msgs'):
+        make_output(Wire(), JointJogOutput(topic='t', dimensions=('vx',)), UR.action_space)
 
 
 def test_without_a_chunk_the_arm_decelerates_on_its_path_and_rests():
@@ -310,6 +385,26 @@ def test_a_controller_that_is_gone_stops_the_robot_until_it_is_back():
     assert driven.motion.stopped is None and receiver.velocity(driven.now_ns)[0] > 0.05
 
 
+def test_chunks_that_go_on_without_a_controller_move_nothing_and_count_one_stop():
+    receiver, driven = servo()
+    driven.wire.connected = False
+    for _ in range(8):
+        assert driven.chunk(steady(TWIST)) is not None      # it has passed the guard
+        driven.run(0.1)
+    assert driven.wire.sent == [] and driven.motion.stops == {'no subscriber': 1}
+    assert driven.motion.unheard == ['/servo_node/delta_twist_cmds', '/gripper/closed']
+    driven.wire.connected = True
+    driven.chunk(steady(TWIST))
+    driven.run(0.3)
+    driven.wire.connected = False
+    velocities = []
+    for _ in range(8):
+        driven.chunk(steady(TWIST))
+        driven.run(0.1, lambda: velocities.append(np.abs(receiver.velocity(driven.now_ns))))
+    speeds = np.array(velocities)[12:, 2]                   # a tenth of a second to notice
+    assert (np.diff(speeds) <= 1e-3).all() and speeds[0] > 0.1 and speeds[-1] < 1e-9
+
+
 @pytest.mark.parametrize('action, end', [('hold', 0.0), ('neutral', 0.02), ('decelerate', 0.0)])
 def test_each_safe_action_ends_where_it_says(action, end):
     neutral = {name: 0.02 for name in [*AXES, 'gripper']}
@@ -390,6 +485,8 @@ def test_a_mode_that_is_none_is_refused(text):
     ('control_rate_hz: 0', 'control_rate_hz must be 1 to 1000'),
     ('safe_action: pray', 'safe_action must be one of'), ('deadline_s: .nan', 'deadline_s'),
     ('outputs: [{type: joint_trajectory, topic: a, dimensions: []}]', 'carries no dimension'),
+    ('outputs: [{type: joint_trajectory, topic: a, dimensions: [g], end_velocity: some}]',
+     'end_velocity must be auto, zero or any'),
     ('a: !!python/object/apply:os.system [ls]', 'constructor'), ('- 1', 'mapping')])
 def test_a_bad_motion_file_is_refused_by_name(tmp_path, text, message):
     path = tmp_path / 'motion.yaml'
@@ -405,6 +502,8 @@ def test_a_bad_motion_file_is_refused_by_name(tmp_path, text, message):
                       ,)}, "unknown name 'v'"),
     (FRANKA, {'outputs': (TwistOutput(topic='t', axes={'linear.x': PANDA[0]}, frame_id=''),)},
      'not among the rates'),
+    (FRANKA, {'outputs': (GripperOutput(topic='t', dimension=PANDA[0]),)},
+     "does not say that 'panda_joint1' is a gripper, only .'gripper'."),
     (UR, {'safe_action': 'neutral', 'neutral': {'vx': 0.0}}, "neutral gives no value for 'vy'"),
     (UR, {'safe_action': 'neutral', 'neutral': {name: 9.0 for name in [*AXES, 'gripper']}},
      'outside the limits')])

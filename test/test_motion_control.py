@@ -152,6 +152,7 @@ def test_a_model_that_hangs_stops_the_robot_and_goes_on_by_itself(rig):
     until(lambda: rig.node._control.motion.stopped == 'no chunk', 'the deadline',
           each=rig.feeder.steadily())
     assert float(rig.values()['inferring_for_s']) > 0.2
+    rig.logged('the robot stops (decelerate): no chunk: inference has been running for 0.')
     hang[0] = False
     until(lambda: rig.node._control.motion.stopped is None, 'motion again',
           each=rig.feeder.steadily())
@@ -167,6 +168,33 @@ def test_execution_changes_while_the_robot_moves_and_a_bad_one_is_refused(rig):
     assert not rig.set_parameter('execution', 'sometimes').successful
     assert rig.set_parameter('execution', 'receding_horizon').successful
     moving(rig)
+
+
+def test_an_instruction_that_is_repeated_stops_nothing_and_a_new_one_does(rig):
+    moving(rig)
+    for text, stops in (('push the lever', 0), ('pull the lever', 1), ('push the lever', 1)):
+        motion = rig.node._control.motion
+        before, epoch = motion.stops['instruction'], motion.timeline.epoch
+        if stops:
+            rig.say(text)
+        else:
+            for _ in range(5):
+                rig.feeder.instruction.publish(String(data=f' {text} '))
+            moving(rig)
+        moving(rig)
+        assert motion.stops['instruction'] - before == stops
+        assert motion.timeline.epoch - epoch == stops
+
+
+def test_the_log_says_why_the_robot_stops_and_that_it_moves_again(rig):
+    moving(rig)
+    rig.feeder.logs.clear()
+    until(lambda: 'the robot stops (decelerate): no chunk: camera/wrist: ' in rig.log(),
+          'the reason', each=rig.feeder.steadily(without=('wrist',)))
+    until(lambda: rig.controller.beats[-1].startswith('no chunk: camera/wrist: '), 'a heartbeat',
+          each=rig.feeder.steadily(without=('wrist',)))
+    until(lambda: 'the robot follows chunks' in rig.log(), 'the recovery',
+          each=rig.feeder.steadily())
 
 
 def test_deactivation_ends_the_commands(rig):

@@ -89,7 +89,7 @@ def test_an_input_that_stops_is_named(rig, silent):
 
 def test_cameras_that_are_not_synchronised_are_named(rig):
     rig.reset()
-    rig.no_chunk('apart from the oldest picture, at most 0.06 s is allowed',
+    rig.no_chunk('camera/wrist: is 0.', 'behind camera/static, at most 0.06 s is allowed',
                  each=lambda: rig.feeder.feed(wrist_ns=-seconds(0.2)))
 
 
@@ -209,7 +209,7 @@ def test_bytes_that_are_no_message_do_not_end_the_node(rig, data):
         for _ in range(3):
             publisher.publish(data)
     rig.diagnosed('')
-    rig.say('push the lever')
+    rig.say(f'pull lever {len(data)}')
 
 
 # Checkpoints

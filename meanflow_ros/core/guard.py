@@ -137,11 +137,22 @@ class Guard:
             target = None
         passed_s = (now_ns - self._commanded_ns) / 1e9 if self._commanded_ns else period_s
         if passed_s > _GAP_PERIODS * period_s:
-            self._limiter.stand(self._limiter.position)
+            self._limiter.stand(np.clip(self._robot.action_space.at_rest(self._limiter.position),
+                                        self._box.lower, self._box.upper))
         if passed_s > 0:
             self._limiter.step(target, min(passed_s, period_s))
             self._commanded_ns = now_ns
         return SafeCommand(values=self._limiter.position, stamp_ns=now_ns,
+                           space=self._robot.action_space, seal=_GUARD_SEAL)
+
+    def last_command(self, *, now_ns: int, period_s: float) -> SafeCommand:
+        """Return a command after which none needs to come: rates are 0 at once.
+
+        A controller that holds the last rate would go on for ever. Positions move on as far as a
+        stop within their limits goes in one period.
+        """
+        stop = self.command(None, now_ns=now_ns, period_s=period_s)
+        return SafeCommand(values=self._robot.action_space.at_rest(stop.values), stamp_ns=now_ns,
                            space=self._robot.action_space, seal=_GUARD_SEAL)
 
     def check_plan(self, plan: TimedActions) -> SafeChunk:
@@ -173,16 +184,25 @@ class Guard:
 
         Rejected if that is no number, or outside the limits by more than a hundredth of the range.
         """
+        try:
+            self._limiter = Limiter(self._box, self._inside(position))
+        except Rejected as error:
+            self.interventions[error.kind] += 1
+            raise
+        self._commanded_ns = 0
+
+    def _inside(self, position: np.ndarray) -> np.ndarray:
+        """Return where the robot stands (A,), within the limits but for a hundredth of the range.
+
+        Rejected otherwise.
+        """
         room = 0.01 * (self._box.upper - self._box.lower)
         outside = ~((position >= self._box.lower - room) & (position <= self._box.upper + room))
         if outside.any():
             name = self._box.names[int(np.argmax(outside))]
-            self.interventions['first_step'] += 1
             raise Rejected('first_step', f'{name!r} is at {position[np.argmax(outside)]:.6g}, '
                                          f'outside its limits: move the robot inside them first')
-        position = np.clip(position, self._box.lower, self._box.upper)
-        self._limiter = Limiter(self._box, position)
-        self._commanded_ns = 0
+        return np.clip(position, self._box.lower, self._box.upper)
 
     def _sealed(self, timed: TimedActions) -> SafeChunk:
         return SafeChunk(timed=timed, space=self._robot.action_space, seal=_GUARD_SEAL)
@@ -243,7 +263,7 @@ class Guard:
                                                  f'{start[worst]:.6g}, at most '
                                                  f'{tolerance[worst]:g} apart is allowed')
                 self.interventions['first_step clamped'] += 1
-                timed = self._tracked(timed, np.clip(start, self._box.lower, self._box.upper))
+                timed = self._tracked(timed, self._inside(start))
         excess = _excess(timed, self.limits)
         for kind in RATES:
             worst = int(np.argmax(excess[kind]))

@@ -97,8 +97,10 @@ class Limiter:
     def _can_stop(self, state) -> np.ndarray:
         """Return (A,) bool: which dimensions can stop inside their position limits."""
         found = np.isfinite(state[0])
-        extrema = self._stop([np.where(found, values, 0.0) for values in state]).position_extrema
-        lowest, highest = (np.array([getattr(each, end) for each in extrema])
+        position, *motion = (np.where(found, values, 0.0) for values in state)
+        # Ruckig counts 0 among the extrema of a stop, wherever it is: the stop begins at 0.
+        extrema = self._stop([np.zeros(len(position)), *motion]).position_extrema
+        lowest, highest = (position + np.array([getattr(each, end) for each in extrema])
                            for end in ('min', 'max'))
         return (found & (lowest >= self._limits.lower - self._slack)
                 & (highest <= self._limits.upper + self._slack))

@@ -71,6 +71,12 @@ class Limits:
             changed[index] = value
         return dataclasses.replace(self, **{what: changed})
 
+    def equal(self, other: 'Limits') -> bool:
+        """Whether both say the same."""
+        return self.names == other.names and all(
+            np.array_equal(getattr(self, name), getattr(other, name))
+            for name in ('lower', 'upper', *RATES))
+
     def within(self, other: 'Limits') -> 'Limits':
         """Return the stricter of both, dimension by dimension; `other` may name only some."""
         own = {name: getattr(self, name).copy() for name in ('lower', 'upper', *RATES)}

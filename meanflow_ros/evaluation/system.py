@@ -109,7 +109,7 @@ class System:
         self._processes = [
             NodeProcess(SIM, 'meanflow_ros.sim.sim_node', self._logs / 'sim.log', self._sim),
             NodeProcess(POLICY, 'meanflow_ros.ros.policy_node', self._logs / 'policy.log', {
-                **self._policy, 'autostart': True, 'use_sim_time': True})]
+                'frozen_pictures': 0, **self._policy, 'autostart': True, 'use_sim_time': True})]
         self._wait(lambda: any(values.get('state') == 'active' for values in self._heard),
                    START_TIMEOUT_S, 'the policy to become active')
         self._wait(lambda: self._parameters.services_are_ready()

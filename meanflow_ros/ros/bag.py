@@ -29,6 +29,7 @@ from rosbags.typesys import Stores, get_typestore
 from meanflow_ros.ros.bag_files import Bag
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
+_TEXT_OVERHEAD = 9   # of a serialised string: 4 bytes of header, 4 of length, 1 at its end
 LATCHED_TOPICS = ('instruction',)
 _FOREVER = QosTime(9223372036, 854775807)
 _LATCHED = Qos(QosHistory.KEEP_LAST, 1, QosReliability.RELIABLE, QosDurability.TRANSIENT_LOCAL,
@@ -50,6 +51,19 @@ def deserialize(data: bytes, type_name: str):
         return TYPES.deserialize_cdr(data, type_name)
     except (SerdeError, UnicodeDecodeError) as error:
         raise ValueError(f'not a {type_name}: {error}') from None
+
+
+def deserialize_text(data: bytes, max_bytes: int) -> str:
+    """Read a serialised std_msgs/String; ValueError if it is longer, or no UTF-8."""
+    size = len(data) - _TEXT_OVERHEAD
+    if size > max_bytes:
+        raise ValueError(f'must be at most {max_bytes} bytes, got {size}')
+    try:
+        return deserialize(data, 'std_msgs/msg/String').data
+    except ValueError as error:
+        if 'utf-8' in str(error):
+            raise ValueError('is not valid UTF-8') from None
+        raise
 
 
 class BagWriter:

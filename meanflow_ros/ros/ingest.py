@@ -2,80 +2,32 @@
 
 Every stream (a camera, the joint states, the instruction) keeps its newest messages. `observe`
 picks the newest pictures that belong together and the joint state nearest to them. Anything
-absent, stale, malformed or out of order yields no observation: NoObservation names the stream
-and the reason, and the next good message recovers. Live node, bag replay and training share
-this file; only the source of the messages and of `now_ns` differs.
+absent, stale, slow, frozen, malformed, of the wrong size or out of order yields no observation:
+NoObservation names the stream, the kind and the reason, and the next good message recovers. Live
+node, bag replay and training share this file; only the source of the messages and of `now_ns`
+differs.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from meanflow_ros.core.contract import (
-    NANOSECONDS, Observation, RobotSpec, clean_instruction)
+    MAX_INSTRUCTION_BYTES, NANOSECONDS, CameraSpec, Observation, RobotSpec, clean_instruction)
 from meanflow_ros.ros import from_messages
-from meanflow_ros.ros.bag import deserialize
+from meanflow_ros.ros.bag import deserialize, deserialize_text
+from meanflow_ros.ros.streams import (
+    ABSENT, FROZEN, MALFORMED, SIZE, SKEW, SLOW, STALE, BadInput, IngestLimits, NoObservation,
+    Stream, noting_fault)
 
 IMAGE, COMPRESSED_IMAGE = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
 CAMERA_BUFFER = 8
 STATE_BUFFER = 256
-
-
-class NoObservation(Exception):
-    """There is no complete observation now; `stream` and the message say why.
-
-    waiting: nothing is wrong yet, the first message of the stream has not come.
-    """
-
-    def __init__(self, stream: str, reason: str, *, waiting: bool = False):
-        super().__init__(f'{stream}: {reason}')
-        self.stream = stream
-        self.reason = reason
-        self.waiting = waiting
-
-
-@dataclass(frozen=True, kw_only=True)
-class IngestLimits:
-    """When an input counts as missing, seconds.
-
-    max_age_s: oldest picture or joint state that may be used. max_skew_s: largest difference
-    of the stamps within one observation. future_s: how far ahead of the clock a stamp may be.
-    """
-
-    max_age_s: float = 0.5
-    max_skew_s: float = 0.06
-    future_s: float = 0.25
-
-    def __post_init__(self):
-        for name in ('max_age_s', 'max_skew_s', 'future_s'):
-            value = getattr(self, name)
-            if not 0 < value < 3600:
-                raise ValueError(f'{name} must be above 0 and below 3600, got {value}')
-
-
-class _Stream:
-    """The newest messages of one topic, by stamp, and what is wrong with it, if anything."""
-
-    def __init__(self, size: int):
-        self.items: deque[tuple[int, object]] = deque(maxlen=size)
-        self.fault: str | None = None
-
-    def add(self, stamp_ns: int, item: object, *, now_ns: int, future_ns: int) -> None:
-        if stamp_ns > now_ns + future_ns:
-            raise ValueError(f'stamp is {(stamp_ns - now_ns) / NANOSECONDS:.3f} s in the future')
-        if self.items and stamp_ns <= self.items[-1][0]:
-            back_s = (self.items[-1][0] - stamp_ns) / NANOSECONDS
-            raise ValueError(f'stamp goes backward by {back_s:.3f} s' if back_s
-                             else 'stamp repeats')
-        self.items.append((stamp_ns, item))
-        self.fault = None
-
-    def nearest(self, stamp_ns: int) -> tuple[int, object]:
-        return min(self.items, key=lambda entry: abs(entry[0] - stamp_ns))
+MAX_STATE_BYTES = 2**18    # of a joint state: thousands of joints
+CLOCK_JUMP_S = 1.0        # the clock may run ahead of steady time by less than this, between looks
+ASPECT_TOLERANCE = 0.01   # of width / height
 
 
 class Ingest:
@@ -87,24 +39,34 @@ class Ingest:
         self._limits = limits or IngestLimits()
         self._default_instruction = (clean_instruction(default_instruction)
                                      if default_instruction else '')
-        self._cameras = {name: _Stream(CAMERA_BUFFER) for name in robot.camera_names}
-        self._state = _Stream(STATE_BUFFER) if robot.state_names else None
+        self._cameras = {name: Stream(CAMERA_BUFFER) for name in robot.camera_names}
+        self._state = Stream(STATE_BUFFER) if robot.state_names else None
         self._instruction: str | None = None
         self._instruction_fault: str | None = None
         self._now_ns: int | None = None
+        self._steady_ns: int | None = None
 
     def reset(self) -> None:
         """Forget every picture and joint state; the instruction stays."""
         for stream in self._streams().values():
-            stream.items.clear()
-            stream.fault = None
+            stream.clear()
 
-    def clock(self, now_ns: int) -> float | None:
-        """Note the time; on a backward jump forget all inputs and return the jump in seconds."""
-        previous, self._now_ns = self._now_ns, now_ns
-        if previous is not None and now_ns < previous:
+    def clock(self, now_ns: int, steady_ns: int | None = None) -> float | None:
+        """Note the time; on a jump forget all inputs and return it in seconds, negative if back.
+
+        steady_ns: of a clock that never jumps. With it a jump ahead is seen too; without it, as
+        for simulated time, which may run fast, only one backward.
+        """
+        before_ns, self._now_ns = self._now_ns, now_ns
+        steady_before_ns, self._steady_ns = self._steady_ns, steady_ns
+        if before_ns is None:
+            return None
+        jump_s = (now_ns - before_ns) / NANOSECONDS
+        ahead_s = 0.0 if None in (steady_ns, steady_before_ns) else (
+            jump_s - (steady_ns - steady_before_ns) / NANOSECONDS)
+        if jump_s < 0 or ahead_s > CLOCK_JUMP_S:
             self.reset()
-            return (previous - now_ns) / NANOSECONDS
+            return jump_s if jump_s < 0 else ahead_s
         return None
 
     def add_image(self, camera: str, message, *, now_ns: int) -> None:
@@ -117,26 +79,56 @@ class Ingest:
 
     def add_serialized(self, camera: str, data: bytes, type_name: str, *, now_ns: int) -> None:
         """Take a serialised picture of either type, as a raw subscription gives it."""
-        with _noting_fault(self._cameras[camera]):
+        with noting_fault(self._cameras[camera]):
             message = deserialize(data, type_name)
         add = self.add_image if type_name == IMAGE else self.add_compressed_image
         add(camera, message, now_ns=now_ns)
 
     def _add(self, camera: str, message, now_ns: int, check: Callable, decode: Callable) -> None:
         stream = self._cameras[camera]
-        with _noting_fault(stream):
+        with noting_fault(stream):
             check(message)
             stream.add(from_messages.time_ns(message.header.stamp), (message, decode),
                        now_ns=now_ns, future_ns=self._future_ns())
+            if self._limits.frozen_pictures:
+                stream.note_data(message.data)
+                if stream.same >= self._limits.frozen_pictures:
+                    raise BadInput(FROZEN, f'the last {stream.same} pictures are identical: the '
+                                           f'camera hangs (frozen_pictures)')
 
     def add_joint_state(self, message, *, now_ns: int) -> None:
         """Take a sensor_msgs/JointState; ValueError names the joint that is missing or bad."""
         if self._state is None:
             return
-        with _noting_fault(self._state):
+        with noting_fault(self._state):
             positions = from_messages.joint_positions(message, self._robot.state_names)
             self._state.add(from_messages.time_ns(message.header.stamp), positions,
                             now_ns=now_ns, future_ns=self._future_ns())
+
+    def add_serialized_joint_state(self, data: bytes, *, now_ns: int) -> None:
+        """Take a serialised sensor_msgs/JointState, as a raw subscription gives it."""
+        if self._state is None:
+            return
+        with noting_fault(self._state):
+            if len(data) > MAX_STATE_BYTES:
+                raise ValueError(f'joint state has {len(data)} bytes, at most {MAX_STATE_BYTES} '
+                                 f'are read')
+            message = deserialize(data, 'sensor_msgs/msg/JointState')
+        self.add_joint_state(message, now_ns=now_ns)
+
+    @property
+    def instruction(self) -> str | None:
+        """Return the instruction that was received last, None if there is none or it was bad."""
+        return None if self._instruction_fault else self._instruction
+
+    def set_serialized_instruction(self, data: bytes) -> str:
+        """Take a serialised std_msgs/String as the instruction, see `set_instruction`."""
+        try:
+            text = deserialize_text(data, MAX_INSTRUCTION_BYTES)
+        except ValueError as error:
+            self._instruction_fault = f'instruction {error}'
+            raise ValueError(self._instruction_fault) from None
+        return self.set_instruction(text)
 
     def set_instruction(self, text: str) -> str:
         """Take an instruction and return it cleaned.
@@ -175,9 +167,9 @@ class Ingest:
         """
         for name, stream in self._streams().items():
             if stream.fault is not None:
-                raise NoObservation(name, stream.fault)
+                raise NoObservation(name, stream.fault.kind, str(stream.fault))
             if not stream.items:
-                raise NoObservation(name, 'nothing has been received', waiting=True)
+                raise NoObservation(name, ABSENT, 'nothing has been received', waiting=True)
         instruction = self._current_instruction()
         newest_common = min(stream.items[-1][0] for stream in self._cameras.values())
         chosen = {name: stream.nearest(newest_common) for name, stream in self._cameras.items()}
@@ -187,11 +179,12 @@ class Ingest:
         if self._state is not None:
             stamps['joint_states'], state = self._state.nearest(stamp_ns)
         self._require_fresh(stamps, now_ns)
+        self._require_arriving(now_ns)
         self._require_together(stamps, stamp_ns)
         return Observation(stamp_ns=stamp_ns, images=self._decode(chosen),
                            instruction=instruction, state=state)
 
-    def _streams(self) -> dict[str, _Stream]:
+    def _streams(self) -> dict[str, Stream]:
         cameras = {f'camera/{name}': stream for name, stream in self._cameras.items()}
         return cameras if self._state is None else {**cameras, 'joint_states': self._state}
 
@@ -200,48 +193,61 @@ class Ingest:
 
     def _current_instruction(self) -> str:
         if self._instruction_fault is not None:
-            raise NoObservation('instruction', self._instruction_fault)
+            raise NoObservation('instruction', MALFORMED, self._instruction_fault)
         instruction = self._instruction or self._default_instruction
         if not instruction:
-            raise NoObservation('instruction', 'none has been received and there is no default',
-                                waiting=True)
+            raise NoObservation('instruction', ABSENT, 'none has been received and there is no '
+                                                       'default', waiting=True)
         return instruction
 
     def _require_fresh(self, stamps: dict[str, int], now_ns: int) -> None:
         name = min(stamps, key=stamps.get)
         age_s = (now_ns - stamps[name]) / NANOSECONDS
         if age_s > self._limits.max_age_s:
-            raise NoObservation(name, f'newest usable message is {age_s:.3f} s old, '
-                                      f'at most {self._limits.max_age_s:g} s is allowed')
+            raise NoObservation(name, STALE, f'newest usable message is {age_s:.3f} s old, at '
+                                             f'most {self._limits.max_age_s:g} s is allowed')
+
+    def _require_arriving(self, now_ns: int) -> None:
+        """Refuse streams that have ended, though stamps that run ahead look fresh, or are slow."""
+        for name, stream in self._streams().items():
+            silent_s = (now_ns - stream.arrived_ns) / NANOSECONDS
+            if silent_s > self._limits.max_age_s:
+                raise NoObservation(name, STALE, f'nothing has come for {silent_s:.3f} s, at most '
+                                                 f'{self._limits.max_age_s:g} s is allowed')
+        for name, stream in self._cameras.items():
+            if stream.rate_hz() < self._limits.min_rate_hz:
+                raise NoObservation(f'camera/{name}', SLOW, f'{stream.rate_hz():.1f} pictures per '
+                                    f'second, at least {self._limits.min_rate_hz:g} are needed')
 
     def _require_together(self, stamps: dict[str, int], stamp_ns: int) -> None:
         for name, stamp in stamps.items():
             skew_s = abs(stamp - stamp_ns) / NANOSECONDS
             if skew_s > self._limits.max_skew_s:
-                raise NoObservation(name, f'message is {skew_s:.3f} s apart from the oldest '
-                                          f'picture, at most {self._limits.max_skew_s:g} s is '
-                                          f'allowed')
+                behind = min(stamps, key=lambda key: self._streams()[key].items[-1][0])
+                if stamp > stamp_ns and behind != name:    # it has come on time, not the other
+                    raise NoObservation(behind, SKEW, f'is {skew_s:.3f} s behind {name}, at most '
+                                                      f'{self._limits.max_skew_s:g} s is allowed')
+                raise NoObservation(name, SKEW, f'message is {skew_s:.3f} s apart from the oldest '
+                                                f'picture, at most {self._limits.max_skew_s:g} s '
+                                                f'is allowed')
 
     def _decode(self, chosen) -> dict[str, np.ndarray]:
         images = {}
-        for name, (_, (message, decode)) in chosen.items():
+        for camera in self._robot.cameras:
+            _, (message, decode) = chosen[camera.name]
             try:
-                images[name] = decode(message)
+                images[camera.name] = decode(message)
+                self._require_size(camera, images[camera.name])
             except ValueError as error:
-                raise NoObservation(f'camera/{name}', str(error)) from None
+                raise NoObservation(f'camera/{camera.name}', getattr(error, 'kind', MALFORMED),
+                                    str(error)) from None
         return images
 
-
-class _noting_fault:
-    """Record a ValueError as the stream's fault and let it pass on."""
-
-    def __init__(self, stream: _Stream):
-        self._stream = stream
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, ValueError):
-            self._stream.fault = str(error)
-        return False
+    def _require_size(self, camera: CameraSpec, image: np.ndarray) -> None:
+        height, width = image.shape[:2]
+        rule = self._limits.picture_size
+        ratio = (width / height) / (camera.width / camera.height)
+        if (rule == 'exact' and (width, height) != (camera.width, camera.height)
+                or rule == 'aspect' and abs(ratio - 1) > ASPECT_TOLERANCE):
+            raise BadInput(SIZE, f'picture is {width}x{height}, the checkpoint was trained on '
+                                 f'{camera.width}x{camera.height} (picture_size: {rule})')

@@ -12,21 +12,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from meanflow_ros.core.contract import ActionChunk, RobotSpec, SafeChunk, TimedActions
+from meanflow_ros.core.contract import (
+    ActionChunk, RobotSpec, SafeChunk, SafeCommand, TimedActions)
 from meanflow_ros.core.guard import Guard
 from meanflow_ros.core.timeline import Mode, Prefix, StopAlongPath, Timeline
 from meanflow_ros.ros.motion_config import HOLD, NEUTRAL, MotionConfig, measured_names
 
 NANOSECONDS = 1_000_000_000
+NO_CHUNK, NO_SUBSCRIBER = 'no chunk', 'no subscriber'
 REST_S = 1.0         # a stream goes on this long after the robot has come to rest
 _SUBSCRIBERS_S = 0.1
+_STANDING_PERIODS = 6   # without a command, after which a robot stands: then a stream may begin
 
 
 class Motion:
     """What moves one robot; see the module's first lines.
 
     stopped: why the robot is stopping or stopped, None while it follows chunks or before the
-    first one. stops: how often, by reason.
+    first one. stops: how often, by reason. last_command: (A,) of a stream, None before the first;
+    where nothing is measured a new stream begins there. unheard: topics that nobody subscribes to.
     """
 
     def __init__(self, robot: RobotSpec, config: MotionConfig, guard: Guard, mode: Mode,
@@ -37,6 +41,8 @@ class Motion:
         self.timeline = Timeline(period_ns=round(robot.period_s * NANOSECONDS), mode=mode)
         self.stopped: str | None = None
         self.stops: Counter[str] = Counter()
+        self.last_command: np.ndarray | None = None
+        self.unheard: list[str] = []
         self._measured = {name: robot.action_space.dimensions.index(name)
                           for name in measured_names(robot)}
         self._felt = np.full(robot.action_space.size, np.nan)
@@ -44,9 +50,14 @@ class Motion:
         self._target: np.ndarray | None = None    # last action that was due
         self._stop = None                         # gives the command (A,) at a time of the stop
         self._streaming = False
+        self._silenced_ns: int | None = None
         self._rest_ns: int | None = None
         self._looked_ns = 0
-        self._heard = True
+
+    @property
+    def moving(self) -> bool:
+        """Whether chunks are followed now."""
+        return self._accepted_ns is not None
 
     @property
     def streams(self) -> bool:
@@ -62,10 +73,17 @@ class Motion:
                state: np.ndarray | None = None, prefix: Prefix | None = None) -> SafeChunk | None:
         """Guard a chunk, follow it from now on and send it; None if the timeline discards it.
 
-        Rejected says why the guard refuses it. state: (P,) of the observation.
+        It is not followed where a controller is missing. Rejected says why the guard refuses it.
+        state: (P,) of the observation.
         """
+        if self._is_coming_to_rest(now_ns):
+            self.timeline.discarded['silenced'] += 1
+            return None
         start = None if not self._measured else self._start_of(chunk)
         safe = self.guard.check(chunk, now_ns=now_ns, state=state, start=start)
+        if not self._somebody_listens(now_ns):
+            self._stop_for(NO_SUBSCRIBER, now_ns)
+            return safe
         if not self.timeline.add(safe.timed, now_ns=now_ns, epoch=epoch, prefix=prefix):
             return None
         if self.streams and not self._streaming:
@@ -73,7 +91,7 @@ class Motion:
         self._accepted_ns, self._stop, self.stopped, self._rest_ns = now_ns, None, None, None
         for output in self.outputs:
             if not output.streams:
-                output.send_chunk(self._planned(now_ns) or safe, now_ns)
+                self._send_chunk(output, self._planned(now_ns) or safe, now_ns)
         return safe
 
     def tick(self, now_ns: int) -> None:
@@ -82,9 +100,9 @@ class Motion:
         if self._accepted_ns is not None:
             late_s = (now_ns - self._accepted_ns) / NANOSECONDS
             if late_s > self.config.deadline_s:
-                self._stop_for('no chunk', now_ns)
+                self._stop_for(NO_CHUNK, now_ns)
             elif not self._somebody_listens(now_ns):
-                self._stop_for('no subscriber', now_ns)
+                self._stop_for(NO_SUBSCRIBER, now_ns)
             else:
                 due = self.timeline.at(now_ns)
         if self._streaming:
@@ -96,9 +114,10 @@ class Motion:
         self.timeline.begin_epoch(reason)
 
     def _stop_for(self, reason: str, now_ns: int) -> None:
-        self.stops[reason] += 1
-        self.stopped = reason
-        followed, self._accepted_ns = self._accepted_ns is not None, None
+        followed = self.moving
+        if followed or self.stopped != reason:
+            self.stops[reason] += 1
+        self.stopped, self._accepted_ns = reason, None
         if not followed:
             return
         path = self.timeline.plan(now_ns)
@@ -113,15 +132,19 @@ class Motion:
                 self._send_stop(output, now_ns)
 
     def silence(self, reason: str, now_ns: int) -> None:
-        """Halt, and send no more commands of a stream after one that stands still."""
+        """Halt, and send no more commands of a stream after one that stands still: rates are 0."""
         self.halt(reason, now_ns)
         if self._streaming:
             self._stop = _constant(self._still())
-            for output in self.outputs:
-                if output.streams:
-                    output.send_command(self.guard.command(None, now_ns=now_ns,
-                                                           period_s=self.config.period_s))
-            self._streaming = False
+            self._publish(self.guard.last_command(now_ns=now_ns, period_s=self.config.period_s))
+            self._streaming, self._silenced_ns = False, now_ns
+
+    def _is_coming_to_rest(self, now_ns: int) -> bool:
+        """Whether a stream has just been silenced: its controllers may still move."""
+        if self._silenced_ns is None or self._streaming:
+            return False
+        passed_s = (now_ns - self._silenced_ns) / NANOSECONDS
+        return 0 <= passed_s < _STANDING_PERIODS * self.config.period_s
 
     def _start_of(self, chunk: ActionChunk) -> np.ndarray:
         """Return where the robot is, (A,); where nothing is measured, where the chunk begins."""
@@ -129,9 +152,13 @@ class Motion:
             self.robot.horizon, self.robot.action_space.size) else np.full(len(self._felt), np.nan)
         return np.where(np.isnan(self._felt), first, self._felt)
 
+    def _send_chunk(self, output, safe: SafeChunk, now_ns: int) -> None:
+        output.send_chunk(safe, now_ns, self.guard.limits.velocity)
+
     def _begin_stream(self, safe: SafeChunk) -> None:
         space = self.robot.action_space
-        position = np.where(np.isnan(self._felt), safe.timed.actions[0], self._felt)
+        unmeasured = safe.timed.actions[0] if self.last_command is None else self.last_command
+        position = np.where(np.isnan(self._felt), unmeasured, self._felt)
         self.guard.stand(np.where(space.is_rate, 0.0, position))
         self._streaming = True
 
@@ -142,12 +169,12 @@ class Motion:
 
     def _somebody_listens(self, now_ns: int) -> bool:
         if self.config.require_subscribers and (
-                now_ns - self._looked_ns >= _SUBSCRIBERS_S * NANOSECONDS
+                self.unheard or now_ns - self._looked_ns >= _SUBSCRIBERS_S * NANOSECONDS
                 or now_ns < self._looked_ns):
             self._looked_ns = now_ns
-            self._heard = all(output.publisher.get_subscription_count() > 0
-                              for output in self.outputs)
-        return self._heard
+            self.unheard = [output.config.topic for output in self.outputs
+                            if not output.publisher.get_subscription_count()]
+        return not self.unheard
 
     def _send(self, due: np.ndarray | None, now_ns: int) -> None:
         target = due if self._stop is None else self._stop(now_ns)
@@ -155,15 +182,19 @@ class Motion:
             target = self._still()
         self._target = target
         command = self.guard.command(target, now_ns=now_ns, period_s=self.config.period_s)
-        for output in self.outputs:
-            if output.streams:
-                output.send_command(command)
+        self._publish(command)
         if self._stop is None or not np.array_equal(command.values, target):
             self._rest_ns = None
         elif self._rest_ns is None:
             self._rest_ns = now_ns
         elif now_ns - self._rest_ns > REST_S * NANOSECONDS:
             self._streaming = False
+
+    def _publish(self, command: SafeCommand) -> None:
+        self.last_command = command.values
+        for output in self.outputs:
+            if output.streams:
+                output.send_command(command)
 
     def _still(self) -> np.ndarray:
         last = self.guard.commanded if self._target is None else self._target
@@ -187,7 +218,7 @@ class Motion:
         due_ns = now_ns + lead_ns + period_ns * np.arange(count)
         actions = np.array([self._stop(int(due)) for due in due_ns])
         plan = TimedActions(stamp_ns=now_ns, due_ns=due_ns, actions=actions)
-        output.send_chunk(self.guard.check_plan(plan), now_ns)
+        self._send_chunk(output, self.guard.check_plan(plan), now_ns)
 
 
 def _constant(command: np.ndarray):

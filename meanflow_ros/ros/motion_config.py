@@ -23,6 +23,7 @@ from meanflow_ros.core.timeline import Mode, OpenLoop, RealTime, RecedingHorizon
 
 HOLD, DECELERATE, NEUTRAL = 'hold', 'decelerate', 'neutral'
 SAFE_ACTIONS = (HOLD, DECELERATE, NEUTRAL)
+AUTO, ZERO, ANY = 'auto', 'zero', 'any'
 EXECUTION = ('open_loop | receding_horizon[:STEPS] | ensemble[:DECAY[:newest_first]] | '
              'real_time:STEPS')
 TWIST_AXES = ('linear.x', 'linear.y', 'linear.z', 'angular.x', 'angular.y', 'angular.z')
@@ -52,14 +53,15 @@ class JointTrajectoryOutput:
     """Whole chunks for a joint_trajectory_controller.
 
     joints: the controller's names of the dimensions, the same by default. end_velocity: `zero`
-    for controllers that reject a trajectory which ends in motion (the default of Iron and newer),
-    `any` where that is allowed. lead_s: the first point lies at least this far ahead.
+    for controllers that reject a trajectory which ends in motion, as they do by default from Iron
+    on; `any` where that is allowed; `auto` goes by ROS_DISTRO. lead_s: the first point lies at
+    least this far ahead.
     """
 
     topic: str
     dimensions: tuple[str, ...]
     joints: tuple[str, ...] = ()
-    end_velocity: str = 'zero'
+    end_velocity: str = AUTO
     lead_s: float = 0.02
     streams = False
 
@@ -181,6 +183,10 @@ class MotionConfig:
             if joints and len(joints) != len(output.dimensions):
                 raise ValueError(f'output {output.topic!r} has {len(output.dimensions)} '
                                  f'dimensions but {len(joints)} joints')
+            if isinstance(output, GripperOutput) and output.dimension not in space.gripper:
+                raise ValueError(f'output {output.topic!r}: the checkpoint does not say that '
+                                 f'{output.dimension!r} is a gripper, only '
+                                 f'{list(space.gripper) or "nothing"}')
             rates = [name for name in output.dimensions if name in space.rates]
             if isinstance(output, JointTrajectoryOutput) and rates:
                 raise ValueError(f'output {output.topic!r}: {rates[0]!r} is a rate, a trajectory '
@@ -265,8 +271,8 @@ def _read_output(mapping, path: str):
                                             if key != 'type'}, path)
     if not output.dimensions:
         raise ValueError(f'{path} carries no dimension')
-    if isinstance(output, JointTrajectoryOutput) and output.end_velocity not in ('zero', 'any'):
-        raise ValueError(f"{path}.end_velocity must be 'zero' or 'any', "
+    if isinstance(output, JointTrajectoryOutput) and output.end_velocity not in (AUTO, ZERO, ANY):
+        raise ValueError(f'{path}.end_velocity must be {AUTO}, {ZERO} or {ANY}, '
                          f'got {output.end_velocity!r}')
     if isinstance(output, JointTrajectoryOutput) and not 0 <= output.lead_s <= 10:
         raise ValueError(f'{path}.lead_s must be 0 to 10, got {output.lead_s}')

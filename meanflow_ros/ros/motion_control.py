@@ -20,9 +20,10 @@ from meanflow_ros.core.guard import Guard
 from meanflow_ros.core.limits import Limits
 from meanflow_ros.core.policy import Policy
 from meanflow_ros.core.timeline import Mode, Prefix, RealTime
-from meanflow_ros.core.urdf import limits_from_urdf
+from meanflow_ros.core.urdf import MAX_BYTES, limits_from_urdf
 from meanflow_ros.ros import to_messages
-from meanflow_ros.ros.motion import Motion
+from meanflow_ros.ros.bag import deserialize_text
+from meanflow_ros.ros.motion import NO_CHUNK, NO_SUBSCRIBER, Motion
 from meanflow_ros.ros.motion_config import MotionConfig, measured_names, read_mode, read_motion
 from meanflow_ros.ros.outputs import Output, make_output
 from meanflow_ros.ros.parameters import PolicyParameters
@@ -33,18 +34,23 @@ HEARTBEAT_S = 0.1
 class MotionControl:
     """Lives as long as the node; `configure` and `release` make and free a robot's Motion.
 
-    lock: held whenever the motion is touched. now_ns: gives ROS time, called with the lock held.
-    motion: None while the node is not configured.
+    lock: held whenever the motion is touched. now_ns: gives ROS time, called with the lock held,
+    as why_no_chunk, which says why none comes, None if nothing is known. motion: None while the
+    node is not configured.
     """
 
-    def __init__(self, node, lock: threading.Condition, now_ns: Callable[[], int]):
+    def __init__(self, node, lock: threading.Condition, now_ns: Callable[[], int],
+                 why_no_chunk: Callable[[], str | None]):
         self._node, self._lock, self._now_ns = node, lock, now_ns
+        self._why_no_chunk = why_no_chunk
+        self._moved, self._told = False, ''  # what the log knows
         self.motion: Motion | None = None
         self.estopped, self.enabled = False, True
         self.failure: str | None = None      # of the control loop or the robot description
         self._outputs: list[Output] = []
         self._timer = self._description = None
         self._policy: Policy | None = None
+        self._commanded: tuple = ((), None)  # dimensions, and the last command of a stream
         node.add_on_set_parameters_callback(self._check)
         self._wall = rclpy.clock.Clock(clock_type=rclpy.clock.ClockType.STEADY_TIME)
         self._heartbeat = node.create_publisher(Header, '~/heartbeat', 10)
@@ -65,19 +71,24 @@ class MotionControl:
         self.failure = None
         self._policy = policy
         self.motion = Motion(policy.robot, config, guard, mode, self._outputs)
+        space, last = self._commanded
+        if space == policy.robot.action_space.dimensions:
+            self.motion.last_command = last     # so far as nobody else has moved it since
         self._execution = settings.execution
         self._timer = self._node.create_timer(
             config.period_s if self._outputs else HEARTBEAT_S, self._control, clock=self._wall)
         if measured_names(policy.robot):
             self._description = self._node.create_subscription(
-                String, 'robot_description', lambda message: self._describe(message.data, policy),
-                QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL))
+                String, 'robot_description', lambda data: self._describe(data, policy),
+                QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL), raw=True)
 
     def release(self) -> None:
         """Stop the robot and free what `configure` made."""
         with self._lock:
             if self.motion is not None:
                 self.silence('released')
+                self._commanded = (self.motion.robot.action_space.dimensions,
+                                   self.motion.last_command)
             self.motion = self._policy = None
         for destroy, thing in ((self._node.destroy_timer, self._timer),
                                (self._node.destroy_subscription, self._description)):
@@ -164,18 +175,21 @@ class MotionControl:
             policy.robot, described=described,
             state_range=(normalizer.low, normalizer.high) if normalizer else None))
 
-    def _describe(self, text: str, policy: Policy) -> None:
+    def _describe(self, data: bytes, policy: Policy) -> None:
         """Take the limits of a robot description; a bad one stops the robot until a good one."""
         with self._lock:
             if self.motion is None:
                 return
             try:
-                described = limits_from_urdf(text, measured_names(policy.robot))
+                described = limits_from_urdf(deserialize_text(data, MAX_BYTES),
+                                             measured_names(policy.robot))
                 guard = self._guard(policy, self.motion.config, described)
             except ValueError as error:
                 self.failure = f'robot_description: {error}'
                 self.silence('robot_description')
                 self._node.get_logger().error(self.failure)
+                return
+            if self.failure is None and guard.limits.equal(self.motion.guard.limits):
                 return
             self.failure = None
             self.silence('robot_description')
@@ -190,10 +204,32 @@ class MotionControl:
                 return
             try:
                 self.motion.tick(self._now_ns())
+                self._tell()
             except Exception as error:
                 self.failure = f'control loop: {type(error).__name__}: {error}'
                 self.motion = None      # nothing more is sent until the node is configured again
                 self._node.get_logger().error(self.failure)
+
+    def _tell(self) -> None:
+        """Say on the log when the robot stops, and why, and when it moves again."""
+        moves, stopped = self.motion.moving, self.motion.stopped
+        if self._outputs:
+            if moves and not self._moved:
+                self._node.get_logger().info('the robot follows chunks')
+            elif not moves and self._moved:
+                self._node.get_logger().warning(
+                    f'the robot stops ({self.motion.config.safe_action}): {self._stopped()}')
+            elif stopped == NO_SUBSCRIBER != self._told:
+                self._node.get_logger().warning(f'the robot does not move: {self._stopped()}')
+        self._moved, self._told = moves, stopped
+
+    def _stopped(self) -> str | None:
+        """Return why the robot does not follow chunks."""
+        stopped = self.motion.stopped
+        why = {NO_CHUNK: self._why_no_chunk,
+               NO_SUBSCRIBER: lambda: ', '.join(self.motion.unheard)}.get(stopped)
+        details = why and why()
+        return f'{stopped}: {details}' if details else stopped
 
     def _on_estop(self, request, response):
         with self._lock:
@@ -223,7 +259,7 @@ class MotionControl:
         with self._lock:
             motion, state = self.motion, self.why_not()
             state = (state or 'not configured' if motion is None else
-                     state or motion.stopped or 'ready')
+                     state or self._stopped() or 'ready')
             beat = Header(frame_id=state)
             beat.stamp = to_messages.time(self._node.get_clock().now().nanoseconds)
         self._heartbeat.publish(beat)

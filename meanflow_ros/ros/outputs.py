@@ -10,6 +10,7 @@ when they are sent.
 from __future__ import annotations
 
 import importlib
+import os
 
 import numpy as np
 from geometry_msgs.msg import TwistStamped
@@ -19,7 +20,8 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 from meanflow_ros.core.contract import ActionSpace, SafeChunk, SafeCommand
 from meanflow_ros.ros import to_messages
 from meanflow_ros.ros.motion_config import (
-    ForwardCommandOutput, GripperOutput, JointJogOutput, JointTrajectoryOutput, TwistOutput)
+    AUTO, ZERO, ForwardCommandOutput, GripperOutput, JointJogOutput, JointTrajectoryOutput,
+    TwistOutput)
 
 
 class Output:
@@ -98,29 +100,26 @@ class _Gripper(Output):
 class _JointTrajectory(Output):
     message_type = JointTrajectory
 
-    def send_chunk(self, safe: SafeChunk, now_ns: int) -> None:
+    def send_chunk(self, safe: SafeChunk, now_ns: int, max_velocity: np.ndarray) -> None:
         """Publish the points that lie far enough ahead, if there are any."""
-        message = self.trajectory(safe, now_ns)
+        message = self.trajectory(safe, now_ns, max_velocity)
         if message is not None:
             self.publisher.publish(message)
 
-    def trajectory(self, safe: SafeChunk, now_ns: int) -> JointTrajectory | None:
+    def trajectory(self, safe: SafeChunk, now_ns: int,
+                   max_velocity: np.ndarray) -> JointTrajectory | None:
         """Return the chunk as a trajectory that starts after now, None if nothing is left.
 
-        Velocities are differences of the neighbouring points, so the controller's spline passes
-        through the steps without stopping at them; at the end they are 0 where it asks for that.
+        max_velocity: (A,), kept between the points too.
         """
         timed = safe.timed
         ahead = timed.due_ns > now_ns + round(self.config.lead_s * 1e9)
-        due_ns, positions = timed.due_ns[ahead], timed.actions[ahead][:, self._columns]
-        if not len(due_ns):
+        positions = timed.actions[ahead][:, self._columns]
+        if not len(positions):
             return None
-        if len(due_ns) > 1:
-            velocities = np.gradient(positions, (due_ns - due_ns[0]) / 1e9, axis=0)
-        else:
-            velocities = np.zeros_like(positions)
-        if self.config.end_velocity == 'zero':
-            velocities[-1] = 0.0
+        due_ns, velocities = with_velocities(
+            timed.due_ns[ahead], positions, max_velocity[self._columns],
+            to_rest=ends_at_rest(self.config.end_velocity))
         message = JointTrajectory(joint_names=list(self.config.joints or self.config.dimensions))
         message.header.stamp = to_messages.time(now_ns)
         message.points = [
@@ -128,6 +127,51 @@ class _JointTrajectory(Output):
                                  time_from_start=to_messages.duration(int(due) - now_ns))
             for due, position, velocity in zip(due_ns, positions, velocities)]
         return message
+
+
+def ends_at_rest(end_velocity: str) -> bool:
+    """Whether trajectories must end with velocity 0: `auto` goes by ROS_DISTRO.
+
+    Only Humble's joint_trajectory_controller accepts others by default
+    (allow_nonzero_velocity_at_trajectory_end).
+    """
+    if end_velocity == AUTO:
+        return os.environ.get('ROS_DISTRO') != 'humble'
+    return end_velocity == ZERO
+
+
+def with_velocities(due_ns: np.ndarray, positions: np.ndarray, max_velocity: np.ndarray, *,
+                    to_rest: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return due times (N,) and velocities (N, D) for a controller that joins points by cubics.
+
+    The velocities are harmonic means of the neighbouring slopes, 0 where the direction changes
+    (Fritsch and Butland 1984): between two points a cubic stays between them, so no position
+    limit is left. A cubic is faster than the line between its points: the last segment takes half
+    as long again if it comes to rest, and all times stretch where a velocity limit asks for it.
+    """
+    gaps_s = np.diff(due_ns) / 1e9
+    velocities = np.zeros(positions.shape)
+    if len(gaps_s):
+        if to_rest:
+            gaps_s[-1] *= 1.5
+        slopes = np.diff(positions, axis=0) / gaps_s[:, None]
+        before, after = slopes[:-1], slopes[1:]
+        with np.errstate(invalid='ignore', divide='ignore'):
+            velocities[1:-1] = np.where(before * after > 0, 2 / (1 / before + 1 / after), 0.0)
+        velocities[0], velocities[-1] = slopes[0], 0.0 if to_rest else slopes[-1]
+        factor = max(1.0, (_peak(velocities[:-1], velocities[1:], slopes) / max_velocity).max())
+        gaps_s, velocities = gaps_s * factor, velocities / factor
+    since_s = np.concatenate([[0.0], np.cumsum(gaps_s)])
+    return due_ns[0] + np.ceil(since_s * 1e9).astype(np.int64), velocities
+
+
+def _peak(start: np.ndarray, end: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    """Return the largest speed of cubics with these velocities at their ends, and mean `slope`."""
+    linear, square = 6 * slope - 4 * start - 2 * end, 3 * (start + end) - 6 * slope
+    with np.errstate(invalid='ignore', divide='ignore'):
+        at = -linear / (2 * square)
+        turn = np.where((at > 0) & (at < 1), start + linear * at + square * at * at, start)
+    return np.maximum(np.abs(turn), np.maximum(np.abs(start), np.abs(end)))
 
 
 _KINDS = {JointTrajectoryOutput: _JointTrajectory, ForwardCommandOutput: _ForwardCommand,

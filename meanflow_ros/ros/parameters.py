@@ -69,6 +69,13 @@ DECLARATIONS = (
                 minimum=0.001, maximum=60.0),
     Declaration('max_skew_s', 0.06, 'Largest difference of the stamps in one observation, '
                 'seconds.', minimum=0.0001, maximum=60.0),
+    Declaration('min_rate_hz', 0.0, 'Fewest pictures per second of each camera; 0 for none.',
+                minimum=0.0, maximum=1000.0),
+    Declaration('frozen_pictures', 10, 'So many identical pictures one after the other are a '
+                'camera that hangs; 0 for never, as a simulated camera needs.',
+                minimum=0, maximum=10000),
+    Declaration('picture_size', 'aspect', "What of the checkpoint's picture size must fit: exact, "
+                'aspect (width to height), or any for nothing.', pattern='exact|aspect|any'),
     Declaration('motion', '', 'File that says how the robot is driven: outputs, limits, safe '
                 'action; empty for chunks alone.'),
     Declaration('execution', 'receding_horizon', 'How chunks follow each other: open_loop, '
@@ -96,6 +103,9 @@ class PolicyParameters:
     image_transport: str
     max_age_s: float
     max_skew_s: float
+    min_rate_hz: float
+    frozen_pictures: int
+    picture_size: str
     motion: str
     execution: str
     sampler_steps: int

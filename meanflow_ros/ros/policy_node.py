@@ -36,10 +36,10 @@ from meanflow_ros.core.timeline import Prefix
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
-from meanflow_ros.ros.ingest import (
-    COMPRESSED_IMAGE, IMAGE, Ingest, IngestLimits, NoObservation)
+from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest
 from meanflow_ros.ros.motion_control import MotionControl
 from meanflow_ros.ros.status import Status
+from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
 
 WARM_UP_RUNS = 5
 POLL_S = 0.1
@@ -80,7 +80,7 @@ class PolicyNode(LifecycleNode):
         self._sensors: list[AdaptiveSubscription] = []
         self._status = Status()
         self._inferring_since_s: float | None = None
-        self._control = MotionControl(self, self._inputs, self._now_ns)
+        self._control = MotionControl(self, self._inputs, self._now_ns, self._why_no_chunk)
         self._problems = parameters.declare(
             self, can_configure=lambda: self._policy is None)
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
@@ -125,7 +125,9 @@ class PolicyNode(LifecycleNode):
                              f'this node is for {settings.robot!r}')
         latencies = [self._warm_up(policy, settings) for _ in range(WARM_UP_RUNS)]
         self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
-            max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s))
+            max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s,
+            min_rate_hz=settings.min_rate_hz, frozen_pictures=settings.frozen_pictures,
+            picture_size=settings.picture_size))
         self._control.configure(policy, settings)
         self._status = Status()
         self._policy = policy
@@ -153,7 +155,7 @@ class PolicyNode(LifecycleNode):
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         if self._policy.robot.state_names:
             self._sensors.append(AdaptiveSubscription(
-                self, JointState, 'joint_states', self._on_joint_state))
+                self, JointState, 'joint_states', self._on_joint_state, serialized=True))
         kind, type_name, suffix = {
             'raw': (Image, IMAGE, ''),
             'compressed': (CompressedImage, COMPRESSED_IMAGE, '/compressed'),
@@ -163,7 +165,7 @@ class PolicyNode(LifecycleNode):
                 self, kind, f'camera/{name}/image_raw{suffix}',
                 functools.partial(self._on_picture, name, type_name), serialized=True))
         self._instruction = self.create_subscription(
-            String, 'instruction', self._on_instruction, latched)
+            String, 'instruction', self._on_instruction, latched, raw=True)
         self._chunks = self.create_lifecycle_publisher(JointTrajectory, 'action_chunk', 10)
         self._reset_service = self.create_service(Trigger, '~/reset', self._on_reset)
 
@@ -225,8 +227,8 @@ class PolicyNode(LifecycleNode):
     def _on_picture(self, name: str, type_name: str, data: bytes) -> None:
         self._store(self._ingest.add_serialized, name, data, type_name)
 
-    def _on_joint_state(self, message) -> None:
-        if self._store(self._ingest.add_joint_state, message):
+    def _on_joint_state(self, data: bytes) -> None:
+        if self._store(self._ingest.add_serialized_joint_state, data):
             with self._inputs:
                 self._control.feel(self._ingest.newest_state())
 
@@ -240,14 +242,18 @@ class PolicyNode(LifecycleNode):
                 self._inputs.notify()
             return True
 
-    def _on_instruction(self, message) -> None:
+    def _on_instruction(self, data: bytes) -> None:
         with self._inputs:
+            before = self._ingest.instruction
             try:
-                text = self._ingest.set_instruction(message.data)
+                text = self._ingest.set_serialized_instruction(data)
+                if text == before:
+                    return
                 self.get_logger().info(f'instruction: {text!r}')
             except ValueError as error:
                 self.get_logger().error(f'{error}; no chunk until a good instruction arrives')
-            self._control.halt('instruction')
+            if self._ingest.instruction != before:
+                self._control.halt('instruction')
 
     def _on_reset(self, request, response):
         with self._inputs:
@@ -260,13 +266,16 @@ class PolicyNode(LifecycleNode):
         return response
 
     def _now_ns(self) -> int:
-        """Return ROS time; a backward jump forgets all inputs and says so. Call it locked."""
-        now_ns = self.get_clock().now().nanoseconds
-        jump_s = self._ingest.clock(now_ns)
+        """Return ROS time; a jump of it forgets all inputs and says so. Call it locked."""
+        clock = self.get_clock()
+        now_ns = clock.now().nanoseconds
+        jump_s = self._ingest.clock(
+            now_ns, None if clock.ros_time_is_active else time.monotonic_ns())
         if jump_s is not None:
             self._control.clock_jumped(now_ns)
             self._status.last_stamp_ns = None
-            self.get_logger().warning(f'the clock jumped back by {jump_s:.3f} s: inputs forgotten')
+            self.get_logger().warning(f'the clock jumped {"back" if jump_s < 0 else "ahead"} by '
+                                      f'{abs(jump_s):.3f} s: inputs forgotten')
         return now_ns
 
     # Inference thread
@@ -294,8 +303,8 @@ class PolicyNode(LifecycleNode):
             return None
         try:
             if now_ns == 0:
-                raise NoObservation('clock', 'use_sim_time is set and nothing has been received '
-                                             'on /clock', waiting=True)
+                raise NoObservation('clock', CLOCK, 'use_sim_time is set and nothing has been '
+                                                    'received on /clock', waiting=True)
             observation = self._ingest.observe(now_ns=now_ns)
         except NoObservation as reason:
             self._report(str(reason), patience_s=FIRST_INPUT_S if reason.waiting else 0.0)
@@ -316,7 +325,7 @@ class PolicyNode(LifecycleNode):
             given = {} if prefix is None else {'prefix': prefix.actions}
             chunk = policy.act(observation, steps=steps, seed=self.get_parameter('seed').value,
                                **given)
-        except Exception as error:  # whatever the network raises must not end the thread
+        except (Exception, SystemExit) as error:  # whatever is raised must not end the thread
             self._report(f'inference failed: {type(error).__name__}: {error}')
             return
         latency_s = time.perf_counter() - start
@@ -338,6 +347,18 @@ class PolicyNode(LifecycleNode):
             recovered = self._status.published(latency_s)
         if recovered:
             self.get_logger().info(f'producing chunks again (was: {recovered})')
+
+    def _why_no_chunk(self) -> str | None:
+        """Return why no chunk comes, as far as it is known. Call it locked."""
+        since_s = self._inferring_since_s
+        if since_s is not None:
+            return f'inference has been running for {time.monotonic() - since_s:.3f} s'
+        stamps = self._ingest.newest_stamps_ns()
+        if self._status.reason or None in stamps.values():
+            return self._status.reason
+        behind = min(stamps, key=stamps.get)
+        age_s = (self.get_clock().now().nanoseconds - stamps[behind]) / NANOSECONDS
+        return f'{behind}: nothing new for {age_s:.3f} s'
 
     def _report(self, reason: str, *, patience_s: float = 0.0) -> None:
         """Say why no chunk is produced: on the log once per kind, in /diagnostics all the time.

@@ -20,7 +20,7 @@ class Status:
         self.discarded = 0
         self.chunks = 0
         self._latencies_s = deque(maxlen=1000)
-        self._published_at = deque(maxlen=100)
+        self._published_at = deque(maxlen=1000)
 
     def begin(self) -> None:
         """Begin new statistics."""

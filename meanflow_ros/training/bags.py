@@ -17,7 +17,8 @@ import numpy as np
 from meanflow_ros.core.contract import NANOSECONDS, Observation, RobotSpec
 from meanflow_ros.ros.bag import absolute_topic, read_messages, topic_types
 from meanflow_ros.ros.from_messages import action_reader, scalar_action, time_ns
-from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest, NoObservation
+from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest
+from meanflow_ros.ros.streams import NoObservation
 from meanflow_ros.training.data_config import DataConfig
 from meanflow_ros.training.episode import (
     ActionStream, Episode, Skipped, make_relative, pair, resize_picture)
@@ -179,7 +180,7 @@ class _Cutter:
         now_ns = self._clock_ns if self._data.use_sim_time else received_ns
         jump_s = self._ingest.clock(now_ns)
         if jump_s is not None and self.episode:
-            self._broken = f'the clock jumped back by {jump_s:.3f} s'
+            self._broken = f'the clock jumped back by {-jump_s:.3f} s'
         for handle in self._handlers[absolute_topic(topic)]:
             if now_ns > 0 or handle in (self._on_clock, self._on_instruction):
                 yield from handle(message, now_ns) or ()

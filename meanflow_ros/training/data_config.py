@@ -12,7 +12,7 @@ import yaml
 from meanflow_ros.core.contract import RobotSpec, clean_instruction
 from meanflow_ros.core.schema import known_or_hint
 from meanflow_ros.ros.from_messages import TWIST_FIELDS
-from meanflow_ros.ros.ingest import IngestLimits
+from meanflow_ros.ros.streams import IngestLimits
 
 EPISODES = ('topic', 'gaps', 'bag')
 

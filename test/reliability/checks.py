@@ -1,0 +1,127 @@
+"""What the commands of the robot did: limits, and when it came to rest.
+
+Written from the limits alone, without the guard's code; it reads the records of controller.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+import numpy as np
+
+from reliability.robot import (
+    ACCELERATION, CONTROL_RATE_HZ, DIMENSIONS, LOWER, UPPER, VELOCITY)
+
+PERIOD_S = 1 / CONTROL_RATE_HZ
+ROUNDING = 1e-3         # share of a limit
+STOOD_S = 5 * PERIOD_S  # without a command the controllers have held so long that all stands
+LATE_S = 0.3            # a message may arrive
+STILL = 1e-9
+
+
+class Checker:
+    """Takes records one after another. violations: what was outside, in words.
+
+    moved: (monotonic seconds) of the last command that moved each output. commands: how many.
+    worst: the largest share of a limit that was used, by limit and dimension.
+    """
+
+    def __init__(self):
+        self.violations: deque[str] = deque(maxlen=1000)
+        self.violated = 0
+        self.moved = dict.fromkeys(('stream', 'trajectory'), 0.0)
+        self.last_command_s = 0.0
+        self.commands = 0
+        self.refused: Counter[str] = Counter()
+        self.worst: Counter[str] = Counter()
+        self._where = ''
+        self._before = None      # (arrival, stamp, values, rates of change, length of its period)
+
+    def forget(self) -> None:
+        """Begin anew: a new controller, or a node that knows nothing of before."""
+        self._before = None
+
+    def take(self, record: list) -> None:
+        """Check one record."""
+        kind, at, *rest = record
+        if kind == 'c':
+            self._stream(at, rest[0], np.array(rest[1:], float))
+        elif kind == 'j':
+            self._trajectory(at, *rest[1:])
+        elif kind == 's':
+            self._set_point(at, *rest)
+        else:
+            self.refused[rest[0]] += 1
+
+    def _wrong(self, at: float, words: str) -> None:
+        self.violated += 1
+        self.violations.append(f'{at:.3f}: {words}{self._where}')
+
+    def _within(self, at, what, shares, names) -> None:
+        """Note shares of a limit (n,) that were used; more than 1 is a violation."""
+        for name, share in zip(names, shares):
+            self.worst[f'{what} {name}'] = max(self.worst[f'{what} {name}'], float(share))
+            if not share <= 1 + ROUNDING:
+                self._wrong(at, f'{what} of {name} is {share:.4g} x its limit')
+
+    def _stream(self, at: float, stamp_ns: int, values: np.ndarray) -> None:
+        """Check a command of elbow, grip and turn against the one before.
+
+        A command may be late, and then moves as far as in one period: the period is what the
+        stamps say, at most the nominal one.
+        """
+        names, which = DIMENSIONS[1:], slice(1, None)
+        self.commands += 1
+        self.last_command_s = at
+        self._within(at, 'position', np.abs(_centred(values, which)), names)
+        before, self._before = self._before, (at, stamp_ns, values, np.zeros(3), 0.0)
+        if before is None:
+            self.moved['stream'] = at
+            return
+        passed_s, gap_s = (stamp_ns - before[1]) / 1e9, at - before[0]
+        self._where = f' ({gap_s:.4f} s after the last by arrival, {passed_s:.4f} s by stamp)'
+        period_s = passed_s if 0 < passed_s < PERIOD_S else PERIOD_S
+        held, change_before, period_before = before[2:]
+        if abs(gap_s - passed_s) < LATE_S:
+            gap_s = passed_s              # the clocks agree: stamps are the better measure
+        if gap_s > STOOD_S:               # positions are held, and Servo has halted
+            held, change_before, period_before = held * [1, 1, 0], np.zeros(3), 0.0
+        change = (values - held) / period_s
+        if values[2] == 0:                # whoever says stop may have a rate end at once
+            change[2], change_before = 0.0, change_before * [1, 1, 0]
+        self._before = at, stamp_ns, values, change, period_s
+        self._within(at, 'velocity', np.abs(change) / VELOCITY[which], names)
+        self._within(at, 'acceleration', 2 * np.abs(change - change_before)
+                     / (period_s + period_before) / ACCELERATION[which], names)
+        if np.abs(values - held).max() > STILL or abs(values[2]) > STILL:
+            self.moved['stream'] = at
+
+    def _trajectory(self, at: float, times, positions, velocities) -> None:
+        """Check the points of a trajectory for the shoulder."""
+        self._where = ''
+        times, positions = np.array(times), np.array(positions, float)
+        names = DIMENSIONS[:1]
+        self.commands += 1
+        for point in positions:
+            self._within(at, 'position', np.abs(_centred(point, slice(0, 1))), names)
+        if len(times) < 2:
+            return
+        change = np.diff(positions, axis=0) / np.diff(times)[:, None]
+        self._within(at, 'velocity', np.abs(change).max(axis=0) / VELOCITY[:1], names)
+        self._within(at, 'velocity', np.abs(np.array(velocities)).max(axis=0) / VELOCITY[:1],
+                     names)
+        if len(times) > 2:
+            middles = (times[1:] + times[:-1]) / 2
+            second = np.diff(change, axis=0) / np.diff(middles)[:, None]
+            self._within(at, 'acceleration', np.abs(second).max(axis=0) / ACCELERATION[:1], names)
+
+    def _set_point(self, at: float, position: float, velocity: float) -> None:
+        self.worst['velocity of the set-point of shoulder'] = max(
+            self.worst['velocity of the set-point of shoulder'], abs(velocity) / VELOCITY[0])
+        if abs(velocity) > 1e-6:
+            self.moved['trajectory'] = at
+
+
+def _centred(values: np.ndarray, which: slice) -> np.ndarray:
+    """Return values where -1 and 1 are the position limits."""
+    return (2 * values - UPPER[which] - LOWER[which]) / (UPPER[which] - LOWER[which])
