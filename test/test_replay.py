@@ -145,7 +145,7 @@ def test_a_camera_that_joins_late_is_waited_for(tmp_path):
     scene.write(tmp_path / 'bag')
     document, (episode,), _ = replay(tmp_path / 'bag', Fake())
     assert seconds_missing(document) == {
-        'camera/wrist: waiting': pytest.approx(0.28, abs=1e-6)}
+        'camera/wrist: absent': pytest.approx(0.28, abs=1e-6)}
     assert episode.stamp_ns[0] == T0 + 280 * MS
     assert episode.start_ns == T0 and episode.source[0] == -1
 
@@ -166,8 +166,8 @@ def test_a_topic_that_starts_five_seconds_late_is_missing_for_five_seconds(tmp_p
     # For the first millisecond the wrist's picture is waited for, for the last one the picture
     # that belongs to the first joint state.
     assert seconds_missing(document) == {
-        'camera/wrist: waiting': pytest.approx(0.001), 'joint_states: fault': pytest.approx(0.001),
-        'joint_states: waiting': pytest.approx(4.999)}
+        'camera/wrist: absent': pytest.approx(0.001), 'camera/wrist: skew': pytest.approx(0.001),
+        'joint_states: absent': pytest.approx(4.999)}
     assert document['missing_input']['share'] == pytest.approx(5.001 / 5.98, abs=1e-6)
     assert episode.stamp_ns[0] == T0 + 5000 * MS
     assert len(episode.stamp_ns) == 10
@@ -202,7 +202,7 @@ def test_a_stamp_that_goes_back_stops_observations_until_a_good_one_comes(tmp_pa
     acting = Fake()
     document, (episode,), _ = replay(tmp_path / 'bag', acting)
     assert seconds_missing(document) == {
-        'camera/wrist: waiting': pytest.approx(0.001), 'camera/front: fault': pytest.approx(0.035)}
+        'camera/wrist: absent': pytest.approx(0.001), 'camera/front: order': pytest.approx(0.035)}
     assert all(np.diff(episode.stamp_ns) == 40 * MS)         # the bad picture was never used
     assert document['executed']['max']['base'] == pytest.approx(0.0, abs=1e-12)
 

@@ -86,7 +86,7 @@ class Player:
         self._pass_time(now_ns)
         jump_s = self._ingest.clock(now_ns)
         if jump_s is not None and self._running:
-            self._running.fault = f'the clock jumped back by {jump_s:.3f} s'
+            self._running.fault = f'the clock jumped back by {-jump_s:.3f} s'
         for handle in self._handlers[raw.topic]:
             if now_ns > 0 or handle in (self._on_clock, self._on_instruction):
                 yield from handle(raw, now_ns) or ()
@@ -110,20 +110,18 @@ class Player:
             yield from self._cut(event, now_ns)
 
     def _on_instruction(self, raw: RawMessage, now_ns: int) -> None:
+        """Take words; what was planned or is being inferred for other ones is forgotten."""
+        before = self._ingest.instruction
         try:
-            self._instruct(deserialize(raw.data, raw.type).data, now_ns)
+            self._ingest.set_serialized_instruction(raw.data)
         except ValueError:
             pass   # the ingest keeps the reason and gives no observation until a good one comes
-
-    def _instruct(self, text: str, now_ns: int) -> None:
-        """Take new words: what was planned or is being inferred for the old ones is forgotten."""
-        if self._running:
+        if self._running and self._ingest.instruction != before:
             self._running.halts.append((now_ns, 'instruction'))
             if self._running.taken and self._busy_until_ns is not None:
                 self._running.taken[-1].outcome = DISCARDED
             if self._foresight:
                 self._foresight.halt('instruction')
-        self._ingest.set_instruction(text)
 
     def _on_state(self, raw: RawMessage, now_ns: int) -> None:
         if self._running:
@@ -267,7 +265,7 @@ class Player:
 
     def _note_missing(self, reason: NoObservation | None, now_ns: int) -> None:
         """Count for how long there was no observation, by stream and kind."""
-        key = None if reason is None else f'{reason.stream}: {kind_of(reason)}'
+        key = None if reason is None else f'{reason.stream}: {reason.kind}'
         if self._missing is not None and self._missing[0] != key:
             self._running.missing.append((*self._missing, now_ns))
             self._missing = None
@@ -334,8 +332,3 @@ class Player:
             return running.replayed(self._robot, self._mode, self._guard, probed, probes)
         except ValueError as error:
             return Skipped(name=running.name, reason=str(error))
-
-
-def kind_of(reason: NoObservation) -> str:
-    """Return the named kind of a missing input."""
-    return getattr(reason, 'kind', '') or ('waiting' if reason.waiting else 'fault')
