@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from made_bags import MS, T0, simple_bag
 from replay_rig import Fake, offsets, replay
 
 from meanflow_ros.evaluation.replay import pages
+from meanflow_ros.evaluation.replay.comparison import difference
 from meanflow_ros.evaluation.replay.pages import write_report
+from meanflow_ros.evaluation.replay.running import Replayed
+from meanflow_ros.evaluation.report import write_page
 
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror="throw 1">'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser',
@@ -178,6 +182,71 @@ def test_the_cursor_follows_the_pointer(opened):
     share = int(page.locator('[role=slider]').get_attribute('aria-valuenow')) / int(
         page.locator('[role=slider]').get_attribute('aria-valuemax'))
     assert 0.45 < share < 0.65
+
+
+@pytest.fixture
+def closed_loop(tmp_path, monkeypatch):
+    """Return the report of a closed loop whose episodes were made up."""
+    sim_report = pytest.importorskip('meanflow_ros.evaluation.sim_report',
+                                     reason="av is missing: pip install 'meanflow_ros[sim]'")
+    from meanflow_ros.evaluation.episodes import EpisodeResult
+    results = [EpisodeResult(
+        task=task, seed=seed, instruction=f'do {task}', success=seed > 1 - number, steps=40,
+        starved_steps=3 * number, chunks=9, latency_p50_ms=7.5, latency_p99_ms=float('nan'))
+        for number, task in enumerate(('push', 'pull')) for seed in range(4)]
+    asked = []
+
+    def run_episode(filming, robot, job, *, camera_every):
+        asked.append(job)
+        for step in range(20):
+            picture = np.full((48, 64, 3), 12 * step, np.uint8)
+            filming([SimpleNamespace(images={'front': picture})], [0])
+        return next(each for each in results if (each.task, each.seed) == job)
+
+    monkeypatch.setattr(sim_report, 'run_episode', run_episode)
+    monkeypatch.setattr(sim_report, 'MetaWorldRobot', lambda **size: SimpleNamespace(
+        close=lambda: None))
+
+    class Act:
+        robot = SimpleNamespace(cameras=[SimpleNamespace(width=64, height=48)],
+                                camera_names=('front',))
+
+        def __call__(self, observations, seeds):
+            return []
+
+    sim_report.write_sim_report(
+        tmp_path / 'sim.html', results, lambda result: (result.task, result.seed), Act(),
+        checkpoint='somewhere', settings={}, videos=2, camera_every=4)
+    assert asked == [('push', 0), ('push', 1), ('pull', 0), ('pull', 1)]
+    return tmp_path / 'sim.html'
+
+
+def test_a_closed_loop_has_success_per_task_and_videos_failures_first(opened, closed_loop):
+    page = opened(path=closed_loop)
+    assert page.inner_text('h1') == '62% of the episodes succeed.'
+    assert 'For 12 of 320 control steps no action was due' in page.inner_text('#verdict')
+    assert page.locator('#success-plots rect.bar').count() == 2
+    assert '2/4' in page.inner_text('#success') and '3/4' in page.inner_text('#success')
+    titles = page.locator('#videos figcaption').all_inner_texts()
+    assert [title[0] for title in titles] == ['×', '×', '×', '✓']
+    page.wait_for_function("""[...document.querySelectorAll("video")].every(
+        each => each.readyState >= 1 && each.videoWidth === 176 && each.duration > 1.9)""",
+                           timeout=10_000)
+
+
+def test_a_comparison_shows_the_difference_of_every_dimension(opened, tmp_path):
+    simple_bag(tmp_path / 'bag', episodes=3, length_ns=200 * MS, camera_ns=40 * MS, delay_ns=0)
+    both = []
+    for size in (0.02, 0.05):
+        document, episodes, _ = replay(tmp_path / 'bag', Fake(error=offsets(*[size] * 5)))
+        both.append(Replayed(document, episodes, interrupted=False))
+    write_page(tmp_path / 'c.html', 'Replay comparison', {
+        'kind': 'comparison', 'media': [], 'document': difference(*both, ['one', 'four'])})
+    page = opened(path=tmp_path / 'c.html')
+    assert 'A is nearer to the recordings than B' in page.inner_text('h1')
+    assert page.locator('#difference-plots rect.bar').count() == 4
+    rows = page.locator('#difference tbody tr').all_inner_texts()
+    assert rows[1].split('\t')[:4] == ['base, rad', '0.02', '0.05', '0.03']
 
 
 def test_it_fits_a_phone_and_dark_is_dark(opened):

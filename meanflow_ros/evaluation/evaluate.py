@@ -60,6 +60,26 @@ def _without_ros(arguments: argparse.Namespace, checkpoint: Path, jobs,
                         camera_every=max(1, round(arguments.camera_period / PERIOD_S)))
 
 
+def _write_report(arguments: argparse.Namespace, checkpoint: Path,
+                  results: list[EpisodeResult]) -> None:
+    """Write report.html, with videos of episodes that are run again in this process."""
+    from meanflow_ros.evaluation.closed_loop import Job, PolicyActs
+    from meanflow_ros.evaluation.sim_report import write_sim_report
+    arguments.report.parent.mkdir(parents=True, exist_ok=True)
+    write_sim_report(
+        arguments.report, results, lambda result: Job(
+            policy='policy', task=result.task, seed=result.seed, noise_seed=arguments.seed,
+            instruction=result.instruction, blank_cameras=tuple(arguments.blank_camera)),
+        PolicyActs(Policy.load(checkpoint), arguments.sampler_steps or None),
+        checkpoint=str(checkpoint), videos=arguments.videos,
+        camera_every=max(1, round(arguments.camera_period / PERIOD_S)),
+        settings={'in_process': arguments.in_process, 'sampler_steps': arguments.sampler_steps,
+                  'seed': arguments.seed, 'camera_period_s': arguments.camera_period,
+                  'swap_instructions': arguments.swap_instructions,
+                  'blank_cameras': arguments.blank_camera})
+    print(f'written to {arguments.report}')
+
+
 def evaluate_sim(arguments: argparse.Namespace) -> int:
     """Run episodes on unseen seeds; print a table and write JSON."""
     checkpoint = arguments.checkpoint or default_checkpoint()
@@ -78,6 +98,8 @@ def evaluate_sim(arguments: argparse.Namespace) -> int:
         results = run(arguments, checkpoint, jobs, progress)
     summary = summarize(results)
     print_summary(summary)
+    if arguments.report:
+        _write_report(arguments, checkpoint, results)
     if arguments.out:
         document = {
             'checkpoint': str(checkpoint), 'in_process': arguments.in_process,
@@ -125,6 +147,10 @@ def _parse(argv) -> argparse.Namespace:
                      metavar='NAME', help='show grey in place of this camera, to see that the '
                      'policy looks; with --in-process')
     sim.add_argument('--out', type=Path, help='JSON file for every episode and the summary')
+    sim.add_argument('--report', type=Path, metavar='HTML', help='report.html to look at, with '
+                     'videos of episodes that are run again without ROS')
+    sim.add_argument('--videos', type=int, default=1, help='of each task in the report, failures '
+                     'first (default 1)')
     arguments = parser.parse_args(argv)
     if arguments.command == 'replay':
         return arguments

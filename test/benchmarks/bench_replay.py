@@ -1,7 +1,7 @@
 """How fast a replay is, and how much memory it takes, whatever the length of the recording.
 
-    python test/benchmarks/bench_replay.py speed    # against real time, and batches against one by one
-    python test/benchmarks/bench_replay.py memory   # a bag of 2 GB against one of 20 MB, on disk
+    python test/benchmarks/bench_replay.py speed    # against real time, and in batches
+    python test/benchmarks/bench_replay.py memory   # a bag of 2 GB on disk against one of 20 MB
 
 Both make their bags in a temporary directory and remove them.
 """
@@ -39,14 +39,15 @@ CAMERA_HZ, STATE_HZ, ACTION_HZ = 30, 100, 40
 def write_bag(path: Path, robot, seconds: float, *, width: int, height: int, jpeg: bool) -> int:
     """Write a recording of a robot; return its size on disk, bytes."""
     random = np.random.default_rng(0)
-    frames = [random.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-              for _ in range(30)]
-    frames = [cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC) for frame in frames]
+    # Smooth ones for JPEG; noise else, so that no compression makes the bag smaller.
+    small = 8 if jpeg else 1
+    frames = [cv2.resize(random.integers(0, 256, (height // small, width // small, 3), np.uint8),
+                         (width, height), interpolation=cv2.INTER_CUBIC) for _ in range(30)]
     space = robot.action_space
     middle, half = (space.lower + space.upper) / 2, (space.upper - space.lower) / 2
-    times = sorted([*((i * 1_000_000_000 // STATE_HZ, 'state', i) for i in range(int(seconds * STATE_HZ))),
-                    *((i * 1_000_000_000 // ACTION_HZ, 'action', i) for i in range(int(seconds * ACTION_HZ))),
-                    *((i * 1_000_000_000 // CAMERA_HZ, 'cameras', i) for i in range(int(seconds * CAMERA_HZ)))])
+    rates = {'state': STATE_HZ, 'action': ACTION_HZ, 'cameras': CAMERA_HZ}
+    times = sorted((number * 1_000_000_000 // rate, what, number) for what, rate in rates.items()
+                   for number in range(int(seconds * rate)))
     with BagWriter(path) as bag:
         bag.write('episode', made.status('start', 0), made.T0 - 2)
         bag.write('instruction', made.text('open the drawer'), made.T0 - 1)
@@ -60,8 +61,8 @@ def write_bag(path: Path, robot, seconds: float, *, width: int, height: int, jpe
                 bag.write('action', made.trajectory(now_ns, space.dimensions, [
                     middle + 0.5 * half * np.sin(number / 40)]), now_ns)
             else:
-                for camera in robot.camera_names:
-                    pixels = np.roll(frames[number % 30], number, axis=1)
+                for at, camera in enumerate(robot.camera_names):
+                    pixels = np.roll(frames[(number + 11 * at) % 30], number, axis=1)
                     if jpeg:
                         data = cv2.imencode('.jpg', pixels)[1]
                         bag.write(f'camera/{camera}/image_raw/compressed', made.make(
@@ -141,10 +142,10 @@ def memory(options) -> None:
     """Print the peak memory of replays of a small and a large bag, each in its own process."""
     robot = Policy.load(default_checkpoint()).robot
     per_s = 2 * CAMERA_HZ * 640 * 480 * 3
-    for megabytes in (20, options.megabytes):
+    for megabytes in options.megabytes:
         with tempfile.TemporaryDirectory() as folder:
-            size = write_bag(Path(folder, 'bag'), robot, 1e6 * megabytes / per_s * options.packing,
-                             width=640, height=480, jpeg=False)
+            size = write_bag(Path(folder, 'bag'), robot, 1e6 * megabytes / per_s, width=640,
+                             height=480, jpeg=False)
             done = subprocess.run(
                 [sys.executable, __file__, 'replay-once', str(Path(folder, 'bag')),
                  str(Path(folder, 'out'))], capture_output=True, text=True, check=False)
@@ -172,9 +173,8 @@ def main() -> None:
     fast.add_argument('--count', type=int, default=64, help='observations for the batches')
     fast.set_defaults(run=speed)
     much = commands.add_parser('memory')
-    much.add_argument('--megabytes', type=float, default=2000)
-    much.add_argument('--packing', type=float, default=1.0,
-                      help='how much smaller than its pictures the bag is on disk')
+    much.add_argument('--megabytes', type=float, nargs='+', default=(20, 2000))
+
     much.set_defaults(run=memory)
     once = commands.add_parser('replay-once')
     once.add_argument('bag')

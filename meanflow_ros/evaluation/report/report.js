@@ -16,7 +16,7 @@ const figure = (title, svg) => element('figure', {}, element('figcaption', {}, e
 const legend = entries => element('ul', {class: 'legend'}, entries.map(([name, colour, dashed]) =>
   element('li', {}, element('i', {style: `border-color:${colour}`, class: dashed ? 'dashed' : null}), name)));
 const table = (head, rows) => element('div', {class: 'scroll', tabindex: 0}, element('table', {},
-  element('thead', {}, element('tr', {}, head.map(cell => element('th', {scope: 'col'}, cell)))),
+  element('thead', {}, element('tr', {}, head.map((cell, index) => element('th', {scope: 'col', class: rows.length && rows[0][index] instanceof Node ? 'wrap' : null}, cell)))),
   element('tbody', {}, rows.map(row => element('tr', {}, row.map(cell => element('td', {class: cell instanceof Node ? 'wrap' : null}, cell)))))));
 const pairs = entries => element('dl', {}, entries.filter(([, value]) => value !== '' && value !== null && value !== undefined)
   .flatMap(([name, value]) => [element('dt', {}, name), element('dd', {}, String(value))]));
@@ -29,8 +29,8 @@ function verdict(found, kind, subtitle) {
     element('p', {class: 'soft'}, subtitle), element('h1', {id: 'verdict-title'}, found.headline),
     element('ul', {class: 'findings'}, found.findings.map(each => element('li', {class: each.level},
       element('span', {class: 'mark', role: 'img', 'aria-label': each.level}, marks[each.level]),
-      element('span', {}, each.text, each.rests_on ? element('code', {}, `metrics.json: ${each.rests_on}`) : '')))),
-    element('p', {class: 'note'}, found.limits)));
+      element('span', {}, each.text, each.rests_on ? element('code', {}, `rests on ${each.rests_on}`) : '')))),
+    element('p', {class: 'note'}, `${found.limits} What a sentence rests on are the names in ${kind === 'closed_loop' ? 'the JSON file' : 'metrics.json'}.`)));
   document.getElementById('contents').append(element('a', {href: '#verdict'}, 'Verdict'));
 }
 
@@ -186,6 +186,8 @@ function closedLoop(found) {
   if (data.videos.length) section('videos', 'Videos', '', element('div', {class: 'videos'}, data.videos.map(each => element('figure', {},
     element('video', {controls: '', muted: '', loop: '', playsinline: '', preload: 'metadata', src: 'data:video/mp4;base64,' + data.media[each.media], 'aria-label': each.title}),
     element('figcaption', {}, element('b', {}, each.success ? '✓ ' : '× '), each.title)))));
+  section('all', 'Episodes', '', table(['task', 'seed', 'instruction', 'result', 'steps', 'starved', 'latency p50, ms'], found.episodes.map(each =>
+    [each.task, each.seed, element('span', {}, each.instruction), each.success ? 'success' : 'failure', each.steps, each.starved_steps, round(each.latency_p50_ms)])));
   environment(found);
 }
 
