@@ -324,12 +324,12 @@ def test_probes_say_what_the_policy_looks_at_and_listens_to(plain):
         swapped_instruction='pick up block 1')
     scale = np.array(list(document['scale'].values()))
     asked, probes = document['counts']['probed'], document['probes']
-    assert asked == 4 and episode.probed.tolist() == [0, 5, 10, 15]
+    assert asked == 4 and episode.probed.tolist() == [3, 8, 13, 18]
     assert probes['swapped instruction']['moved'] == pytest.approx(np.mean(0.05 / scale))
     assert probes['swapped instruction']['effect']['value'] == pytest.approx(np.mean(0.05 / scale))
     assert probes['blanked wrist']['moved'] == pytest.approx(np.mean(0.02 / scale))
     assert probes['blanked front']['moved'] == pytest.approx(0.0, abs=1e-12)
-    assert probes['frozen front']['observations'] == 3    # the first one is the frozen one
+    assert probes['frozen front']['observations'] == 4
     assert probes['shuffled proprioception']['moved'] == pytest.approx(0.0, abs=1e-12)
     assert document['nfe']['4']['mae']['base'] == pytest.approx(0.004)
     assert document['nfe']['4']['effect']['value'] == pytest.approx(np.mean(0.004 / scale))

@@ -16,6 +16,7 @@ from meanflow_ros.core.contract import NANOSECONDS, ActionChunk, Observation
 BLANK = 128                   # grey, as the closed loop blanks cameras
 EVALUATIONS = (1, 2, 4, 8)
 AT_A_TIME = 16                # probed observations that are held
+FIRST_NS = 300_000_000        # the first probe comes at most so long after the first observation
 AS_IS = 'as it is'
 Variant = tuple[str, list[Observation], list[int], int | None]
 
@@ -47,7 +48,8 @@ class Prober:
     def offer(self, observation: Observation, row: int) -> None:
         """Take the row-th observation of the episode, if it is time for one."""
         if self._first is None:
-            self._first, self._next_ns = observation, observation.stamp_ns
+            self._first = observation
+            self._next_ns = observation.stamp_ns + min(self._every_ns // 2, FIRST_NS)
         if observation.stamp_ns >= self._next_ns:
             self._next_ns = observation.stamp_ns + self._every_ns
             self._rows.append(row)
@@ -89,8 +91,19 @@ class Prober:
         variants += [(name, [change(each) for each in plain], same, None)
                      for name, change in changes.items()]
         if plain[0].state is not None and plain[0].state.size:
-            variants.append(('shuffled proprioception', _states_of_others(plain), same, None))
+            variants.append(('shuffled proprioception', self._states_of_others(), same, None))
         return variants
+
+    def _states_of_others(self) -> list[Observation | None]:
+        """Give each the state of the one half a round further; a lone one that of the first."""
+        count = len(self._waiting)
+        if count == 1:
+            (lone,) = self._waiting
+            return [None if lone is self._first
+                    else dataclasses.replace(lone, state=self._first.state)]
+        return [dataclasses.replace(
+            each, state=self._waiting[(index + count // 2) % count].state)
+            for index, each in enumerate(self._waiting)]
 
     def _told_otherwise(self, observation: Observation) -> Observation | None:
         text = self._swap(observation.instruction)
@@ -112,14 +125,6 @@ def _changing(camera: str, change: Callable) -> Callable[[Observation], Observat
             observation, images={**observation.images, camera: image})
     return changed
 
-
-def _states_of_others(observations: Sequence[Observation]) -> list[Observation | None]:
-    """Give each observation the state of the one half a round further; None for a lone one."""
-    count = len(observations)
-    if count < 2:
-        return [None] * count
-    return [dataclasses.replace(each, state=observations[(index + count // 2) % count].state)
-            for index, each in enumerate(observations)]
 
 
 def other_instruction(texts: Sequence[str]) -> Callable[[str], str]:
