@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-from made_bags import MS, T0, simple_bag
+from made_bags import MS, ROBOT, T0, simple_bag
 from replay_rig import Fake, offsets, replay
 from test_replay_command import micro_bag
 
 from meanflow_ros.evaluation.evaluate import main as evaluate
 from meanflow_ros.evaluation.replay.comparison import OVERALL, difference
+from meanflow_ros.evaluation.replay.latency import Latency
 from meanflow_ros.evaluation.replay.replay_mcap import write_mcap
 from meanflow_ros.evaluation.replay.running import Replayed
 from meanflow_ros.evaluation.replay.settings import ReplaySettings
 from meanflow_ros.ros.bag import deserialize
 from meanflow_ros.ros.bag_files import Bag
+from meanflow_ros.training.data_config import DataConfig
 
 
 def read_with_mcap(path) -> list[tuple[str, str, int, object]]:
@@ -35,9 +39,7 @@ def written(tmp_path_factory):
     simple_bag(folder / 'bag', length_ns=400 * MS, camera_ns=40 * MS, delay_ns=0)
     _, episodes, _ = replay(folder / 'bag', Fake(error=offsets(0.01, 0.02, 0.03, 0.04, 0.05)),
                             latency_ms=35)
-    from made_bags import ROBOT
-    from meanflow_ros.evaluation.replay.latency import Latency
-    from meanflow_ros.training.data_config import DataConfig
+
     settings = ReplaySettings(robot=ROBOT, data=DataConfig(), policy='recorded',
                               latency=Latency(values_s=(0.0,), source=''))
     write_mcap(folder / 'replay.mcap', folder / 'bag', settings, iter(episodes))
@@ -149,3 +151,16 @@ def test_two_settings_of_a_checkpoint_are_compared_from_the_command_line(
     assert evaluate([*arguments, '--compare', 'sampler_steps=x', 'seed=1']) == 1
     assert evaluate([*arguments, '--compare', 'stpes=2', 'seed=1']) == 1
     assert 'checkpoint directory or FIELD=VALUE' in capsys.readouterr().err
+
+
+def test_replay_md_names_every_part_of_metrics_json(written):
+    document, _, _ = replay(written[0], Fake())
+    path = Path(__file__).parents[1] / 'docs' / 'replay.md'
+    if not path.is_file():
+        pytest.skip('there is no replay.md beside the tests')
+    table = path.read_text().split('<!-- metrics -->')[1].split('<!-- /metrics -->')[0]
+    named = [name for line in table.splitlines() if line.startswith('| `')
+             for name in re.findall(r'`(\w+)`', line.split('|')[1])]
+    assert sorted(named) == sorted(document)
+    assert (document['schema'], document['version']) == ('meanflow_ros/replay', 1)
+    assert f'`{document["schema"]}`, `version` 1' in path.read_text()
