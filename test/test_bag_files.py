@@ -69,6 +69,35 @@ def test_the_metadata_of_older_distributions_is_read(tmp_path, version):
     assert read(tmp_path / 'bag') == ([*range(COUNT)], [])
 
 
+HUMBLE = """rosbag2_bagfile_information:
+  version: 5
+  storage_identifier: sqlite3
+  duration: {nanoseconds: 19000000}
+  starting_time: {nanoseconds_since_epoch: 1700000000123456789}
+  message_count: 20
+  topics_with_message_count:
+    - topic_metadata: {name: /a, type: sensor_msgs/msg/JointState, serialization_format: cdr,
+                       offered_qos_profiles: "- history: 3"}
+      message_count: 20
+  compression_format: ""
+  compression_mode: ""
+  relative_file_paths: [second.db3, first.db3]
+  files: []
+"""
+
+
+def test_the_metadata_of_humble_gives_the_order_of_the_files(tmp_path):
+    for name, numbers in (('second', range(10)), ('first', range(10, 20))):
+        write(tmp_path / name, 'db3', numbers=numbers)
+        (tmp_path / 'bag').mkdir(exist_ok=True)
+        storage_file(tmp_path / name).rename(tmp_path / 'bag' / f'{name}.db3')
+    (tmp_path / 'bag' / METADATA).write_text(HUMBLE)
+    assert read(tmp_path / 'bag') == ([*range(20)], [])
+    (tmp_path / 'bag' / 'first.db3').unlink()
+    assert read(tmp_path / 'bag') == (
+        [*range(10)], ['first.db3 is listed in metadata.yaml and is not there'])
+
+
 @pytest.mark.parametrize('storage', STORAGES)
 def test_the_files_of_a_split_bag_follow_one_another_by_their_numbers(tmp_path, storage):
     for part in range(12):

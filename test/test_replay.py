@@ -207,6 +207,22 @@ def test_a_stamp_that_goes_back_stops_observations_until_a_good_one_comes(tmp_pa
     assert document['executed']['max']['base'] == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_camera_that_hangs_is_missing_from_its_tenth_identical_picture_on(tmp_path):
+    scene = Scene()
+    scene.add('episode', T0, status('start', 0))
+    scene.add('instruction', T0, text('go'))
+    scene.robot(T0, 800 * MS, camera_ns=40 * MS, delay_ns=0, without=('wrist',))
+    for number, late in enumerate(range(0, 800, 40)):
+        scene.add('camera/wrist/image_raw', T0 + late * MS, made.image(
+            T0 + late * MS, made.pixels('wrist', min(number, 5))))
+    scene.add('episode', T0 + 800 * MS, status('success', 0))
+    scene.write(tmp_path / 'bag')
+    document, (episode,), _ = replay(tmp_path / 'bag', Fake())
+    # The sixth picture, of 200 ms, is the first of them; the tenth comes at 560 ms.
+    assert seconds_missing(document) == {'camera/wrist: frozen': pytest.approx(0.22)}
+    assert episode.stamp_ns.max() == T0 + 520 * MS
+
+
 def test_two_episodes_back_to_back_share_nothing(tmp_path):
     scene = Scene()
     for number, start in enumerate((0, 400)):

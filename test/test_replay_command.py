@@ -209,6 +209,15 @@ def test_a_checkpoint_for_another_robot_is_refused_by_its_first_difference(
     assert code == 1 and 'is for another robot than' in shown and 'micro_robot' in shown
 
 
+def test_a_recording_of_another_robot_is_one_clear_reason(run, tmp_path):
+    simple_bag(tmp_path / 'bag', action=lambda time_ns: made.trajectory(
+        time_ns, ['shoulder', 'wrist', 'claw'], [[0.1, 0.2, 0.3]]))
+    code, _, shown = run(tmp_path / 'bag')
+    assert code == 1
+    assert ("trajectory is for ['shoulder', 'wrist', 'claw'], expected "
+            "['base', 'elbow', 'gripper']") in shown
+
+
 @pytest.mark.parametrize('damage, lost', [
     ('truncated', 'is damaged'), ('unfinished', 'was not finished')])
 def test_of_a_damaged_bag_the_whole_episodes_are_replayed_and_the_loss_is_told(
@@ -232,7 +241,7 @@ def test_of_a_damaged_bag_the_whole_episodes_are_replayed_and_the_loss_is_told(
 def noise(stamp_ns: int, pixels):
     """Return a picture that cannot be compressed, so that the file's size tells its time."""
     return made.image(stamp_ns, np.random.default_rng(stamp_ns % 2**32).integers(
-        0, 256, (48, 64, 3), dtype=np.uint8))
+        0, 256, (48, 60, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize('content, message', [

@@ -12,6 +12,8 @@ pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or instal
 from meanflow_ros.core.contract import TimedActions  # noqa: E402, I001
 from meanflow_ros.evaluation.evaluate import main as evaluate  # noqa: E402
 from meanflow_ros.evaluation.replay import live  # noqa: E402
+from meanflow_ros.evaluation.replay.settings import ReplaySettings  # noqa: E402
+from meanflow_ros.ros.parameters import DECLARATIONS  # noqa: E402
 from micro_policy import LOWER, UPPER, make_policy  # noqa: E402
 from node_rig import Rig, until  # noqa: E402
 from test_replay_command import micro_bag  # noqa: E402
@@ -76,6 +78,12 @@ def test_without_an_active_node_in_simulated_time_nothing_is_played(
         until(lambda: rig.values()['state'] == 'active', 'the state in /diagnostics')
         assert evaluate([*arguments, rig.namespace]) == 1
         assert 'does not use simulated time' in capsys.readouterr().err
+
+
+def test_inputs_count_as_missing_when_they_do_to_the_node():
+    node = {each.name: each.default for each in DECLARATIONS}
+    for name in ('min_rate_hz', 'frozen_pictures', 'picture_size', 'execution'):
+        assert getattr(ReplaySettings, name) == node[name]
 
 
 def test_steps_that_a_node_has_not_published_are_not_taken_for_its_words():

@@ -16,7 +16,8 @@ from meanflow_ros.evaluation.replay.comparison import FIELDS, compare
 from meanflow_ros.evaluation.replay.gate import Condition
 from meanflow_ros.evaluation.replay.latency import MEASURED
 from meanflow_ros.evaluation.replay.running import find_bags, replay
-from meanflow_ros.evaluation.replay.settings import CHECKPOINT, POLICIES, RECEDING
+from meanflow_ros.evaluation.replay.settings import CHECKPOINT, POLICIES, RECEDING, ReplaySettings
+from meanflow_ros.ros.streams import PICTURE_SIZES
 
 OK, WRONG, GATED, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
 DESCRIPTION = (
@@ -70,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help=f"as the node's parameter (default {RECEDING})")
     robot.add_argument('--motion', type=Path, metavar='YAML',
                        help='motion file whose limits the guard applies')
+    robot.add_argument('--min-rate-hz', type=float, default=ReplaySettings.min_rate_hz)
+    robot.add_argument('--frozen-pictures', type=int, default=ReplaySettings.frozen_pictures)
+    robot.add_argument('--picture-size', choices=PICTURE_SIZES,
+                       default=ReplaySettings.picture_size,
+                       help="when an input counts as missing, as the node's parameters")
     robot.add_argument('--device', default='cpu', help='auto, cpu, cuda or cuda:N (default cpu)')
     robot.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     robot.add_argument('--batch', type=int, default=16,

@@ -25,7 +25,8 @@ from meanflow_ros.evaluation.replay.topics import INT32, STATUS, Topics
 from meanflow_ros.ros.bag import deserialize
 from meanflow_ros.ros.bag_files import RawMessage
 from meanflow_ros.ros.from_messages import time_ns
-from meanflow_ros.ros.ingest import Ingest, NoObservation
+from meanflow_ros.ros.ingest import Ingest
+from meanflow_ros.ros.streams import IngestLimits, NoObservation
 from meanflow_ros.training.data_config import DataConfig, Instructions
 from meanflow_ros.training.episode import ActionStream, Skipped
 
@@ -46,7 +47,8 @@ class Player:
                  batch: int = 16, mode: Mode | None = None, guard: GuardSettings | None = None,
                  instructions: Instructions | str | None = None,
                  wanted: Callable[[int], bool] = lambda number: True,
-                 prober: Prober | None = None, answers: Mapping[int, int] | None = None):
+                 prober: Prober | None = None, answers: Mapping[int, int] | None = None,
+                 limits: IngestLimits | None = None):
         self._bag, self._robot, self._data, self._topics = bag, robot, data, topics
         self._infer, self._latency, self._seed = infer, latency, seed
         self._mode, self._guard = mode or RecedingHorizon(), guard
@@ -54,7 +56,7 @@ class Player:
         self._batch = 1 if self._foresees else batch
         self._instructions, self._wanted, self._prober = instructions, wanted, prober
         self._answers = answers
-        self._ingest = Ingest(robot, limits=data.limits())
+        self._ingest = Ingest(robot, limits=limits or data.limits())
         self._cutter = Cutter(data)
         self._running: Gathered | None = None
         self._count = 0

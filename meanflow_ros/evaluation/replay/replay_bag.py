@@ -58,6 +58,7 @@ def replay_bag(path: Path, settings: ReplaySettings, acting, report: BagReport, 
             answers, report.node = acting.play(bag, topics, start_ns, stop_ns, instructions)
         player = Player(
             bag.name, settings.robot, settings.data, topics, answers=answers,
+            limits=settings.limits,
             latency=settings.latency, seed=settings.seed, batch=settings.batch,
             instructions=instructions,
             infer=acting.infer if acting else lambda queue: None, mode=settings.mode,

@@ -92,7 +92,9 @@ def make_settings(arguments: argparse.Namespace) -> tuple[ReplaySettings, Acting
         start_s=arguments.start, duration_s=arguments.duration, episodes=arguments.episodes,
         instruction=arguments.instruction, probe_every_s=arguments.probe_every,
         noise_seeds=arguments.noise_seeds, swapped_instruction=arguments.swapped_instruction,
-        execution=arguments.execution, motion=str(arguments.motion or ''))
+        execution=arguments.execution, motion=str(arguments.motion or ''),
+        min_rate_hz=arguments.min_rate_hz, frozen_pictures=arguments.frozen_pictures,
+        picture_size=arguments.picture_size)
     acting = make_acting(settings)
     times = _latency(arguments, settings, acting)
     return dataclasses.replace(settings, latency=times), acting

@@ -19,6 +19,7 @@ from meanflow_ros.core.policy import MAX_STEPS, read_config, read_robot
 from meanflow_ros.core.schema import known_or_hint, read_dataclass, to_plain
 from meanflow_ros.core.timeline import Mode, RecedingHorizon
 from meanflow_ros.evaluation.replay.latency import Latency
+from meanflow_ros.ros.streams import IngestLimits
 from meanflow_ros.training.data_config import DataConfig
 
 CHECKPOINT, RECORDED, LIVE = 'checkpoint', 'recorded', 'live'
@@ -38,8 +39,8 @@ class ReplaySettings:
     observations, 0 for no probes. noise_seeds: seeds drawn per probed observation.
     swapped_instruction: what the probe says, '' for another of `known_instructions`, those of the
     recordings. execution: as the parameter of the node. motion: a motion file, whose limits the
-    guard applies; '' for the checkpoint's.
-    namespace: of the node that runs.
+    guard applies; '' for the checkpoint's. min_rate_hz, frozen_pictures, picture_size: as the
+    parameters of the node. namespace: of the node that runs.
     """
 
     robot: RobotSpec
@@ -63,6 +64,9 @@ class ReplaySettings:
     known_instructions: tuple[str, ...] = ()
     execution: str = RECEDING
     motion: str = ''
+    min_rate_hz: float = 0.0
+    frozen_pictures: int = 10
+    picture_size: str = 'aspect'
     namespace: str = ''
 
     def __post_init__(self):
@@ -79,7 +83,7 @@ class ReplaySettings:
         for name in ('start_s', 'duration_s', 'probe_every_s'):
             if not 0 <= getattr(self, name) < 1e9:
                 raise ValueError(f'{name} must be at least 0, got {getattr(self, name)}')
-        self.mode
+        self.mode, self.limits
         if any(number < 0 for number in self.episodes):
             raise ValueError(f'episodes are counted from 0, got {min(self.episodes)}')
         for name in ('instruction', 'swapped_instruction'):
@@ -93,6 +97,13 @@ class ReplaySettings:
             return RecedingHorizon()
         from meanflow_ros.ros.motion_config import read_mode
         return read_mode(self.execution)
+
+    @property
+    def limits(self) -> IngestLimits:
+        """Return when an input counts as missing."""
+        return dataclasses.replace(
+            self.data.limits(), min_rate_hz=self.min_rate_hz,
+            frozen_pictures=self.frozen_pictures, picture_size=self.picture_size)
 
     @property
     def guard(self) -> GuardSettings | None:
