@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help setup mesa demo test clean
+.PHONY: help setup mesa demo test faults soak clean
 
 # A sourced ROS 2 is used; without one, ROS 2 Jazzy comes as wheels.
 PATH := $(subst $(CURDIR)/.venv/bin:,,$(PATH))
@@ -21,6 +21,8 @@ ROS := $(ROS_DISTRO)
 EXTRAS := sim,train,lerobot,test
 PYTHONS := $(ROS_PYTHON)
 endif
+
+MINUTES ?= 60
 
 TORCH := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -55,6 +57,8 @@ help:
 	cat <<'EOF'
 	make demo    set up, then run the shipped policy in simulation; results in demo_out/
 	make test    set up, then ruff, colcon build and colcon test
+	make faults  set up, then every fault on a graph of processes; into docs/reliability.md
+	make soak    set up, then an hour of faults drawn at random; MINUTES=5 for less
 	make setup   only set up: .venv with ROS 2, PyTorch and the rest
 	make clean   remove .venv and all that was built
 	EOF
@@ -72,6 +76,14 @@ test: setup
 	closing=$$(grep -aE '^=+ .*[0-9]+ (passed|failed|skipped|errors?).* in ' log/test.txt | tail -n 1 | sed 's/^=* //; s/ =*$$//') || true
 	echo "$${closing:-no test ran}"
 	[ -n "$$closing" ] && exit $$status || exit 1
+
+faults: setup
+	$(PY) test/reliability/campaign.py --out docs/data/reliability.json
+	$(PY) test/reliability/report.py
+
+soak: setup
+	$(PY) test/reliability/soak.py --minutes $(MINUTES) --out docs/data/soak.json --plot docs/soak.png
+	$(PY) test/reliability/report.py
 
 setup: $(READY) mesa
 

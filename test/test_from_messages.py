@@ -1,5 +1,6 @@
 """ROS messages to arrays, on hand-made messages."""
 
+import struct
 from types import SimpleNamespace
 
 import cv2
@@ -127,6 +128,27 @@ def test_compressed_data_over_the_cap_is_refused():
     data = np.zeros(from_messages.MAX_COMPRESSED_BYTES + 1, np.uint8)
     with pytest.raises(ValueError, match='got 67108865'):
         from_messages.compressed_image(SimpleNamespace(format='jpeg', data=data))
+
+
+def test_a_few_bytes_that_stand_for_gigapixels_are_refused_before_they_are_decoded(monkeypatch):
+    monkeypatch.setattr(from_messages.cv2, 'imdecode', lambda *_: pytest.fail('decoded'))
+    png = compressed('.png', RGB).data.tobytes()
+    bomb = png[:16] + struct.pack('>II', 60000, 60001) + png[24:]
+    jpeg = compressed('.jpg', np.zeros((32, 48, 3), np.uint8)).data.tobytes()
+    frame = jpeg.index(b'\xff\xc0')
+    thumbnail = b'\xff\xc0\x00\x11\x08\x00\x10\x00\x10'     # its frame is not the picture's
+    section = b'\xff\xe1' + struct.pack('>H', 2 + len(thumbnail)) + thumbnail
+    large = (jpeg[:2] + section + b'\xff' + jpeg[2:frame + 5] + struct.pack('>HH', 65500, 65499)
+             + jpeg[frame + 9:])
+    for data, size in ((bomb, '60000x60001'), (large, '65499x65500')):
+        with pytest.raises(ValueError, match=f'of {size} is over the cap'):
+            from_messages.compressed_image(SimpleNamespace(format='', data=data))
+
+
+@pytest.mark.parametrize('extension', ['.bmp', '.tiff', '.webp'])
+def test_only_jpeg_and_png_are_decoded(extension):
+    with pytest.raises(ValueError, match='no header of a JPEG or PNG'):
+        from_messages.compressed_image(compressed(extension, RGB))
 
 
 def joints(names, positions):

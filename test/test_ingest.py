@@ -236,6 +236,31 @@ def test_a_bad_instruction_stops_observations_until_the_next_good_one(ingest, te
     assert ingest.observe(now_ns=T0).instruction == '关上'
 
 
+@pytest.mark.parametrize('data, reason', [
+    (b'\0\1\0\0' + b'\xff' * 12, 'not a std_msgs/msg/String'), (b'', 'not a std_msgs/msg/String'),
+    (b'\0\1\0\0\3\0\0\0a\xff\0', 'is not valid UTF-8'),
+    (b'\0\1\0\0\2\x10\0\0' + b'x' * 4097 + b'\0', 'at most 4096 bytes, got 4097')])
+def test_bytes_that_are_no_instruction_stop_observations_too(ingest, data, reason):
+    feed(ingest, T0)
+    with pytest.raises(ValueError, match=reason):
+        ingest.set_serialized_instruction(data)
+    assert why_not(ingest, T0).stream == 'instruction' and ingest.instruction is None
+    good = b'\0\1\0\0\5\0\0\0open\0'
+    assert ingest.set_serialized_instruction(good) == ingest.instruction == 'open'
+    assert ingest.observe(now_ns=T0).instruction == 'open'
+
+
+@pytest.mark.parametrize('data, reason', [
+    (b'\0\1\0\0' + b'\xff' * 60, 'not a sensor_msgs/msg/JointState'),
+    (bytes(2**18 + 1), 'joint state has 262145 bytes, at most 262144 are read')])
+def test_bytes_that_are_no_joint_state_stop_observations(ingest, data, reason):
+    feed(ingest, T0)
+    with pytest.raises(ValueError, match=reason):
+        ingest.add_serialized_joint_state(data, now_ns=T0)
+    fault = why_not(ingest, T0)
+    assert fault.stream == 'joint_states' and reason in fault.reason
+
+
 def test_the_default_instruction_serves_until_one_comes():
     ingest = Ingest(ROBOT, default_instruction=' wait here ')
     feed(ingest, T0, leave_out=['instruction'])
@@ -285,8 +310,9 @@ def test_a_robot_without_proprioception_needs_no_joint_states():
 
 def test_a_compressed_picture_is_decoded_and_a_broken_one_is_named(ingest):
     feed(ingest, T0, leave_out=['wrist'])
-    ingest.add_compressed_image('wrist', SimpleNamespace(
-        header=header(T0), format='jpeg', data=b'\xff\xd8 broken'), now_ns=T0)
+    with pytest.raises(ValueError, match='cannot be decoded'):
+        ingest.add_compressed_image('wrist', SimpleNamespace(
+            header=header(T0), format='jpeg', data=b'\xff\xd8 broken'), now_ns=T0)
     fault = why_not(ingest, T0)
     assert fault.stream == 'camera/wrist' and 'cannot be decoded' in fault.reason
     red = np.zeros((2, 3, 3), np.uint8)
@@ -376,9 +402,10 @@ def test_a_picture_that_differs_behind_its_first_bytes_is_no_repeat():
 
 def test_a_compressed_camera_that_repeats_its_bytes_is_frozen_too():
     ingest = watchful(frozen_pictures=2)
-    message = SimpleNamespace(header=header(T0), format='jpeg', data=b'same')
+    same = cv2.imencode('.png', np.zeros((2, 3, 3), np.uint8))[1].reshape(-1)
+    message = SimpleNamespace(header=header(T0), format='png', data=same)
     ingest.add_compressed_image('wrist', message, now_ns=T0)
-    message = SimpleNamespace(header=header(T0 + 1), format='jpeg', data=b'same')
+    message = SimpleNamespace(header=header(T0 + 1), format='png', data=same.copy())
     with pytest.raises(ValueError, match='identical'):
         ingest.add_compressed_image('wrist', message, now_ns=T0)
 

@@ -22,7 +22,8 @@ from meanflow_ros.core.guard import Guard, Rejected  # noqa: E402
 from meanflow_ros.core.timeline import OpenLoop, RecedingHorizon  # noqa: E402
 from meanflow_ros.ros.motion import Motion  # noqa: E402
 from meanflow_ros.ros.motion_config import (  # noqa: E402
-    GripperOutput, JointJogOutput, MotionConfig, TwistOutput, read_mode, read_motion)
+    ForwardCommandOutput, GripperOutput, JointJogOutput, MotionConfig, TwistOutput, read_mode,
+    read_motion)
 from meanflow_ros.ros.outputs import ends_at_rest, make_output, with_velocities  # noqa: E402
 
 CONFIG = Path(__file__).parents[1] / 'config'
@@ -370,6 +371,37 @@ def test_silence_is_one_last_command_and_then_none():
     driven.run(0.5)
     assert len(driven.wire.sent) == count + 2
     np.testing.assert_array_equal(receiver.velocity(driven.now_ns), np.zeros(6))
+
+
+def test_after_silence_a_stream_waits_until_the_robot_stands_and_goes_on_from_there():
+    gripper = ForwardCommandController(1)
+    driven = Driven(ALOHA, 'motion_aloha.yaml', **{'/left_gripper_controller/commands': gripper})
+    driven.motion.feel(np.zeros(12))
+    driven.chunk(steady(np.full(14, 0.4)))      # grippers are not measured
+    driven.run(0.3)
+    held = gripper.values.copy()
+    driven.motion.silence('emergency stop', driven.now_ns)
+    assert driven.chunk(steady(np.full(14, -0.4))) is None
+    assert driven.motion.timeline.discarded['silenced'] == 1
+    driven.run(0.2)
+    driven.chunk(steady(np.full(14, -0.4)))
+    count = len(driven.wire.sent)
+    driven.run(driven.config.period_s)
+    assert len(driven.wire.sent) > count
+    assert np.abs(gripper.values - held).max() < 0.2       # not the jump of 0.8 to the new chunk
+
+
+def test_the_last_command_of_a_velocity_that_is_held_is_zero():
+    config = MotionConfig(outputs=(ForwardCommandOutput(topic='v', dimensions=('vx',)),),
+                          limits={'acceleration': {'vx': 0.5}})
+    velocity = ForwardCommandController(1)
+    driven = Driven(UR, config, v=velocity)
+    for _ in range(4):
+        driven.chunk(steady(TWIST))
+        driven.run(0.2)
+    assert velocity.values > 0.08
+    driven.motion.silence('emergency stop', driven.now_ns)
+    assert velocity.values == 0.0
 
 
 def test_a_controller_that_is_gone_stops_the_robot_until_it_is_back():

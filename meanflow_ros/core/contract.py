@@ -7,6 +7,7 @@ and made read-only. Time is ROS time in nanoseconds; step i of a chunk is due at
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 
 MAX_INSTRUCTION_BYTES = 4096
 MAX_CAMERAS = 4
+CAMERA_NAME = r'[A-Za-z]\w{0,63}'
 NANOSECONDS = 1_000_000_000
 MAX_TIME_NS = 2**62   # stamps and due times stay below it, so that their differences fit int64
 
@@ -156,6 +158,10 @@ class RobotSpec:
         _require_unique_names(self.camera_names, 'cameras')
         if not 1 <= len(self.cameras) <= MAX_CAMERAS:
             raise ValueError(f'cameras must be 1 to {MAX_CAMERAS}, got {len(self.cameras)}')
+        for name in self.camera_names:
+            if not re.fullmatch(CAMERA_NAME, name, re.ASCII):
+                raise ValueError(f'{name[:80]!r} is no name for a camera: it becomes part of '
+                                 f'topics and of files, and must match {CAMERA_NAME}')
         _require_unique_names(self.state_names, 'state_names')
         if self.horizon < 1:
             raise ValueError(f'horizon must be at least 1, got {self.horizon}')

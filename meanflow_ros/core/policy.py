@@ -26,12 +26,13 @@ from meanflow_ros.core.contract import (
 from meanflow_ros.core.dit import ActionDiT, Conditioning, DiTConfig
 from meanflow_ros.core.encoder import EncoderConfig, FlorenceEncoder
 from meanflow_ros.core.normalize import Normalizer
-from meanflow_ros.core.schema import check_keys, read_dataclass, to_plain
+from meanflow_ros.core.schema import check_keys, read_dataclass, read_yaml, to_plain
 from meanflow_ros.core.storage import replaced_directory
 
 FORMAT = 1
 FILES = ('policy.yaml', 'model.safetensors', 'tokenizer.json', 'README.md')
 MAX_STEPS = 64
+MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES = 2**22, 2**26
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 
 
@@ -261,6 +262,9 @@ class Policy:
             if not (directory / name).is_file():
                 raise CheckpointError(f'checkpoint {directory} has no {name}')
         config = read_config(directory / 'policy.yaml')
+        if (directory / 'tokenizer.json').stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(f'{directory / "tokenizer.json"} is larger than '
+                                  f'{MAX_TOKENIZER_BYTES} bytes')
         try:
             tokenizer = Tokenizer.from_file(str(directory / 'tokenizer.json'))
         except Exception as error:  # tokenizers raises a bare Exception for any bad file
@@ -298,10 +302,8 @@ def _load_weights(network: nn.Module, path: Path) -> None:
 def read_config(path: Path) -> PolicyConfig:
     """Read policy.yaml strictly; CheckpointError names the field that is wrong."""
     try:
-        with open(path, encoding='utf-8') as file:
-            document = yaml.safe_load(file)
-        return _parse_config(document)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return _parse_config(read_yaml(path, MAX_CONFIG_BYTES))
+    except ValueError as error:
         raise CheckpointError(f'{path}: {error}') from None
 
 

@@ -8,8 +8,37 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
+import yaml
+
+MAX_ITEMS = 100_000
+
+
+def read_yaml(path: Path, max_bytes: int):
+    """Return what a YAML file holds: plain values, mappings and lists.
+
+    ValueError if it is larger, no YAML, or grows beyond MAX_ITEMS values when its aliases are
+    followed: an error message that shows a few bytes of them could fill the memory.
+    """
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f'is larger than {max_bytes} bytes')
+    try:
+        document = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    left, waiting = MAX_ITEMS, [document]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+        left -= 1
+        if left < 0:
+            raise ValueError(f'holds more than {MAX_ITEMS} values')
+    return document
 
 
 def known_or_hint(name: str, known) -> str:

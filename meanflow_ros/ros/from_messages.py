@@ -7,6 +7,7 @@ raises a ValueError that says what is wrong.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 
 import cv2
@@ -17,6 +18,8 @@ from meanflow_ros.core.contract import NANOSECONDS, TimedActions
 CHANNELS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1}
 MAX_PIXELS = 4096 * 4096
 MAX_COMPRESSED_BYTES = 64 * 1024 * 1024
+MAX_HEADER_BYTES = 2**20     # before a JPEG's size: a few sections of 64 KiB (EXIF, thumbnails)
+_JPEG_FRAMES = {*range(0xc0, 0xd0)} - {0xc4, 0xc8, 0xcc}
 TWIST_FIELDS = ('linear.x', 'linear.y', 'linear.z', 'angular.x', 'angular.y', 'angular.z')
 ActionReader = Callable[[object, int], TimedActions]
 
@@ -61,12 +64,46 @@ def image(message) -> np.ndarray:
     return pixels[:, :, :3]
 
 
+def check_compressed_image(message) -> None:
+    """ValueError unless a sensor_msgs/CompressedImage is JPEG or PNG and small when decoded.
+
+    Only the header is read: a few bytes can stand for gigabytes of pixels.
+    """
+    if not 0 < len(message.data) <= MAX_COMPRESSED_BYTES:
+        raise ValueError(f'compressed picture must have 1 to {MAX_COMPRESSED_BYTES} bytes, '
+                         f'got {len(message.data)}')
+    width, height = _declared_size(bytes(message.data[:MAX_HEADER_BYTES]))
+    if not width * height:
+        raise ValueError(f'compressed picture ({message.format[:40]!r}, {len(message.data)} '
+                         f'bytes) cannot be decoded: it has no header of a JPEG or PNG')
+    if width * height > MAX_PIXELS:
+        raise ValueError(f'compressed picture of {width}x{height} is over the cap of '
+                         f'{MAX_PIXELS} pixels')
+
+
+def _declared_size(data: bytes) -> tuple[int, int]:
+    """Return width and height that a PNG's IHDR or a JPEG's first frame header says, else 0, 0."""
+    if data.startswith(b'\x89PNG\r\n\x1a\n') and data[12:16] == b'IHDR' and len(data) >= 24:
+        return struct.unpack('>II', data[16:24])
+    at = 2 if data.startswith(b'\xff\xd8') else len(data)
+    while at + 9 <= len(data) and data[at] == 0xff:
+        marker = data[at + 1]
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack('>HH', data[at + 5:at + 9])
+            return width, height
+        if marker == 0xff:                                  # padding
+            at += 1
+        elif marker == 0x01 or 0xd0 <= marker <= 0xd8:      # without a length
+            at += 2
+        else:
+            at += 2 + struct.unpack('>H', data[at + 2:at + 4])[0]
+    return 0, 0
+
+
 def compressed_image(message) -> np.ndarray:
     """Return a sensor_msgs/CompressedImage (jpeg, png) as RGB (H, W, 3) uint8."""
+    check_compressed_image(message)
     data = np.frombuffer(message.data, np.uint8)
-    if not 0 < data.size <= MAX_COMPRESSED_BYTES:
-        raise ValueError(f'compressed picture must have 1 to {MAX_COMPRESSED_BYTES} bytes, '
-                         f'got {data.size}')
     try:
         pixels = cv2.imdecode(data, cv2.IMREAD_COLOR)
     except cv2.error as error:

@@ -75,7 +75,8 @@ class Ingest:
 
     def add_compressed_image(self, camera: str, message, *, now_ns: int) -> None:
         """Take a sensor_msgs/CompressedImage; it is decoded when it is used."""
-        self._add(camera, message, now_ns, lambda _: None, from_messages.compressed_image)
+        self._add(camera, message, now_ns, from_messages.check_compressed_image,
+                  from_messages.compressed_image)
 
     def add_serialized(self, camera: str, data: bytes, type_name: str, *, now_ns: int) -> None:
         """Take a serialised picture of either type, as a raw subscription gives it."""
@@ -118,7 +119,7 @@ class Ingest:
 
     @property
     def instruction(self) -> str | None:
-        """Return the instruction that was received last, None if there is none or it was bad."""
+        """Return what was told last, None if nothing good was."""
         return None if self._instruction_fault else self._instruction
 
     def set_serialized_instruction(self, data: bytes) -> str:

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from meanflow_ros.core.contract import RobotSpec
 from meanflow_ros.core.guard import GuardSettings
 from meanflow_ros.core.limits import RATES, Limits
-from meanflow_ros.core.schema import check_keys, known_or_hint, read_dataclass
+from meanflow_ros.core.schema import check_keys, known_or_hint, read_dataclass, read_yaml
 from meanflow_ros.core.timeline import Mode, OpenLoop, RealTime, RecedingHorizon, TemporalEnsemble
 
 HOLD, DECELERATE, NEUTRAL = 'hold', 'decelerate', 'neutral'
@@ -243,10 +242,8 @@ def read_motion(path: Path | str) -> MotionConfig:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f'motion file {path} does not exist')
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f'motion file {path} is larger than {MAX_BYTES} bytes')
     try:
-        document = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+        document = read_yaml(path, MAX_BYTES) or {}
         check_keys(document, [], list(MotionConfig.__dataclass_fields__), 'motion')
         outputs = document.get('outputs', [])
         if not isinstance(outputs, list):
@@ -257,7 +254,7 @@ def read_motion(path: Path | str) -> MotionConfig:
         fields = {**document, 'outputs': tuple(
             _read_output(output, f'outputs[{index}]') for index, output in enumerate(outputs))}
         return read_dataclass(MotionConfig, fields, 'motion')
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
 
 

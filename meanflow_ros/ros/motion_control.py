@@ -6,6 +6,7 @@ The emergency stop is latched: it outlives a configuration and needs an explicit
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -50,6 +51,7 @@ class MotionControl:
         self._outputs: list[Output] = []
         self._timer = self._description = None
         self._policy: Policy | None = None
+        self._advanced = (0, 0.0)      # ROS time, and when it was first seen, steady seconds
         self._commanded: tuple = ((), None)  # dimensions, and the last command of a stream
         node.add_on_set_parameters_callback(self._check)
         self._wall = rclpy.clock.Clock(clock_type=rclpy.clock.ClockType.STEADY_TIME)
@@ -203,7 +205,9 @@ class MotionControl:
             if self.motion is None:
                 return
             try:
-                self.motion.tick(self._now_ns())
+                now_ns = self._now_ns()
+                self._watch_clock(now_ns)
+                self.motion.tick(now_ns)
                 self._tell()
             except Exception as error:
                 self.failure = f'control loop: {type(error).__name__}: {error}'
@@ -230,6 +234,15 @@ class MotionControl:
                NO_SUBSCRIBER: lambda: ', '.join(self.motion.unheard)}.get(stopped)
         details = why and why()
         return f'{stopped}: {details}' if details else stopped
+
+    def _watch_clock(self, now_ns: int) -> None:
+        """Stop when ROS time stands (a simulator pauses, a clock dies): no deadline would pass."""
+        steady_s = time.monotonic()
+        if now_ns != self._advanced[0]:
+            self._advanced = now_ns, steady_s
+        elif steady_s - self._advanced[1] > self.motion.config.deadline_s \
+                and self.motion.stopped is None:
+            self.silence('the clock stands')
 
     def _on_estop(self, request, response):
         with self._lock:

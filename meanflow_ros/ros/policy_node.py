@@ -252,8 +252,7 @@ class PolicyNode(LifecycleNode):
                 self.get_logger().info(f'instruction: {text!r}')
             except ValueError as error:
                 self.get_logger().error(f'{error}; no chunk until a good instruction arrives')
-            if self._ingest.instruction != before:
-                self._control.halt('instruction')
+            self._control.halt('instruction')
 
     def _on_reset(self, request, response):
         with self._inputs:
@@ -339,6 +338,10 @@ class PolicyNode(LifecycleNode):
                     prefix=prefix)
             except Rejected as error:
                 self._report(f'guard: {error}')
+                return
+            except Exception as error:  # nor what comes of an answer that is no chunk
+                self._control.halt('inference failed')
+                self._report(f'inference failed: {type(error).__name__}: {error}')
                 return
             if safe is None:
                 self._status.discarded += 1

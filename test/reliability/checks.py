@@ -23,7 +23,8 @@ class Checker:
     """Takes records one after another. violations: what was outside, in words.
 
     moved: (monotonic seconds) of the last command that moved each output. commands: how many.
-    worst: the largest share of a limit that was used, by limit and dimension.
+    worst: the largest share of a limit that was used, by limit and dimension. simulated_time: the
+    robot lives by the stamps alone.
     """
 
     def __init__(self):
@@ -34,8 +35,9 @@ class Checker:
         self.commands = 0
         self.refused: Counter[str] = Counter()
         self.worst: Counter[str] = Counter()
+        self.simulated_time = False
         self._where = ''
-        self._before = None      # (arrival, stamp, values, rates of change, length of its period)
+        self._before = None      # (arrival, number, stamp, values, changes, length of its period)
 
     def forget(self) -> None:
         """Begin anew: a new controller, or a node that knows nothing of before."""
@@ -45,7 +47,7 @@ class Checker:
         """Check one record."""
         kind, at, *rest = record
         if kind == 'c':
-            self._stream(at, rest[0], np.array(rest[1:], float))
+            self._stream(at, rest[0], rest[1], np.array(rest[2:], float))
         elif kind == 'j':
             self._trajectory(at, *rest[1:])
         elif kind == 's':
@@ -64,35 +66,41 @@ class Checker:
             if not share <= 1 + ROUNDING:
                 self._wrong(at, f'{what} of {name} is {share:.4g} x its limit')
 
-    def _stream(self, at: float, stamp_ns: int, values: np.ndarray) -> None:
+    def _stream(self, at: float, number: int, stamp_ns: int, values: np.ndarray) -> None:
         """Check a command of elbow, grip and turn against the one before.
 
         A command may be late, and then moves as far as in one period: the period is what the
-        stamps say, at most the nominal one.
+        stamps say, at most the nominal one. After a lost message nothing can be said.
         """
         names, which = DIMENSIONS[1:], slice(1, None)
         self.commands += 1
         self.last_command_s = at
         self._within(at, 'position', np.abs(_centred(values, which)), names)
-        before, self._before = self._before, (at, stamp_ns, values, np.zeros(3), 0.0)
-        if before is None:
+        before, self._before = self._before, (
+            at, number, stamp_ns, values, np.full(3, np.nan), 0.0)
+        if before is None or number != before[1] + 1:
+            self.refused['lost'] += before is not None
             self.moved['stream'] = at
             return
-        passed_s, gap_s = (stamp_ns - before[1]) / 1e9, at - before[0]
+        passed_s, gap_s = (stamp_ns - before[2]) / 1e9, at - before[0]
+        held, change_before, period_before = before[3:]
+        if passed_s == 0 and np.array_equal(values, held):
+            self._before = before         # simulated time has not gone on
+            return
         self._where = f' ({gap_s:.4f} s after the last by arrival, {passed_s:.4f} s by stamp)'
-        period_s = passed_s if 0 < passed_s < PERIOD_S else PERIOD_S
-        held, change_before, period_before = before[2:]
-        if abs(gap_s - passed_s) < LATE_S:
+        if self.simulated_time or abs(gap_s - passed_s) < LATE_S:
             gap_s = passed_s              # the clocks agree: stamps are the better measure
-        if gap_s > STOOD_S:               # positions are held, and Servo has halted
+        if gap_s > STOOD_S or passed_s < 0:      # positions are held, and Servo has halted
             held, change_before, period_before = held * [1, 1, 0], np.zeros(3), 0.0
+        period_s = passed_s if 0 < passed_s < PERIOD_S else PERIOD_S
         change = (values - held) / period_s
         if values[2] == 0:                # whoever says stop may have a rate end at once
             change[2], change_before = 0.0, change_before * [1, 1, 0]
-        self._before = at, stamp_ns, values, change, period_s
+        self._before = at, number, stamp_ns, values, change, period_s
         self._within(at, 'velocity', np.abs(change) / VELOCITY[which], names)
-        self._within(at, 'acceleration', 2 * np.abs(change - change_before)
-                     / (period_s + period_before) / ACCELERATION[which], names)
+        if not np.isnan(change_before).any():     # known from the third command on
+            self._within(at, 'acceleration', 2 * np.abs(change - change_before)
+                         / (period_s + period_before) / ACCELERATION[which], names)
         if np.abs(values - held).max() > STILL or abs(values[2]) > STILL:
             self.moved['stream'] = at
 

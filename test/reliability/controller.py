@@ -1,8 +1,8 @@
 """Process: the robot's controllers. Every command goes to stdout as one JSON line, as it comes.
 
-Lines: ["c", arrival_s, stamp_ns, elbow, grip, turn], the commands of one control period (the
-twist's stamp is when it was sent); ["j", arrival_s, stamp_ns, times_s, positions, velocities];
-["s", time_s, position, velocity], the trajectory controller's set-point while it moves;
+Lines: ["c", arrival_s, number, stamp_ns, elbow, grip, turn], the commands of one control period
+(the twist's stamp is when it was sent); ["j", arrival_s, stamp_ns, times_s, positions,
+velocities]; ["s", time_s, position, velocity], the trajectory controller's set-point;
 ["x", time_s, reason], a message that a controller refuses. Seconds are of the monotonic clock.
 """
 
@@ -25,6 +25,7 @@ from controllers import ForwardCommandController, JointTrajectoryController, nan
 from reliability.robot import TOPICS
 
 PERIOD_S = 0.01
+WAITING = 20        # halves of control periods that wait for the other one
 
 
 class Controllers:
@@ -34,7 +35,7 @@ class Controllers:
         self._arm = JointTrajectoryController(['shoulder'], [shoulder])
         self._forward = ForwardCommandController(2)
         self._elbow, self._moving = elbow, False
-        self._unpaired: dict[str, list] = {'forward': [], 'twist': []}
+        self._halves: dict[str, dict[int, list]] = {'forward': {}, 'twist': {}}
         queue = QoSProfile(depth=200)
         node.create_subscription(JointTrajectory, TOPICS['trajectory'], self._on_trajectory, queue)
         node.create_subscription(Float64MultiArray, TOPICS['forward'], self._on_forward, queue)
@@ -71,28 +72,24 @@ class Controllers:
             tell('x', time.monotonic(), f'forward command: {list(message.data)[:4]}')
         else:
             self._elbow = float(message.data[0])
-        self._unpaired['forward'].append((info['source_timestamp'], list(message.data)))
-        self._pair()
+        self._half('forward', info, list(message.data))
 
     def _on_twist(self, message, info) -> None:
-        self._unpaired['twist'].append((info['source_timestamp'],
-                                        [nanoseconds(message.header.stamp),
-                                         message.twist.angular.z]))
-        self._pair()
+        self._half('twist', info, [nanoseconds(message.header.stamp), message.twist.angular.z])
 
-    def _pair(self) -> None:
-        """Tell of what was sent in one control period: a forward command, and then a twist."""
-        forwards, twists = self._unpaired['forward'], self._unpaired['twist']
-        while forwards and twists:
-            if twists[0][0] < forwards[0][0]:
-                twists.pop(0)
-            elif len(forwards) > 1 and forwards[1][0] < twists[0][0]:
-                forwards.pop(0)
-            else:
-                (_, values), (_, (stamp_ns, turn)) = forwards.pop(0), twists.pop(0)
-                tell('c', time.monotonic(), stamp_ns, *values, turn)
-                continue
-            tell('x', time.monotonic(), 'half of a control period')
+    def _half(self, name: str, info: dict, values: list) -> None:
+        """Tell of the commands of a control period once both are there: their numbers are equal.
+
+        A number that is left out is a lost message.
+        """
+        number, halves = info['publication_sequence_number'], self._halves
+        halves[name][number] = values
+        if all(number in each for each in halves.values()):
+            (stamp_ns, turn), forward = (halves[name].pop(number) for name in ('twist', 'forward'))
+            tell('c', time.monotonic(), number, stamp_ns, *forward, turn)
+        for each in halves.values():
+            while len(each) > WAITING:
+                each.pop(next(iter(each)))
 
 
 def tell(*record) -> None:

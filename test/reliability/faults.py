@@ -103,7 +103,7 @@ def _joints() -> list[Fault]:
         _stream('joints', 'far', ('shoulder', 'outside its limits')),
         _stream('joints', 'missing_joint', (topic, "no 'load'")),
         _stream('joints', 'lengths_differ', (topic, '3 names but 2 positions')),
-        _stream('joints', 'a_million_names', (topic, 'bytes'), soak=False, grows_mib=64.0),
+        _stream('joints', 'a_million_names', (topic,), soak=False, grows_mib=64.0),
         _stream('joints', 'future', (topic, 'in the future')),
         _stream('joints', 'zero_stamp', (topic, 'stamp goes backward')),
         Fault(name='joint states: a second publisher', begin=_tell('feeder', 'second joints'),
@@ -170,12 +170,12 @@ def _clocks() -> list[Fault]:
         clock('10 s forward', '10', None),
         clock('10 s backward', '-10', None),
         clock('1 ms backward', '-0.001', None),
-        clock('stops', 'stop', ('no chunk',), end=_tell('feeder', 'clock go'),
+        clock('stops', 'stop', ('clock',), end=_tell('feeder', 'clock go'),
               within_s=DEADLINE + 1.0)]
 
 
 def _restart_node(graph: Graph) -> None:
-    graph.start_node(PLAIN)
+    graph.start_node(graph.variant)
 
 
 def _kill(name: str, number: int = signal.SIGKILL) -> Callable[[Graph], None]:
@@ -195,13 +195,13 @@ def _transitions(*names: str) -> Callable[[Graph], None]:
 def _processes() -> list[Fault]:
     return [
         Fault(name='node: killed mid-chunk, restarted', begin=_kill('node'), end=_restart_node,
-              silent=True, soak=False, recovers_s=PROCESS_S, short=True),
+              silent=True, soak=False, recovers_s=PROCESS_S),
         Fault(name='node: SIGTERM mid-chunk, restarted', begin=_terminate, end=_restart_node,
               silent=True, soak=False, within_s=AT_ONCE, recovers_s=PROCESS_S),
         Fault(name='node: stopped (SIGSTOP) and continued',
               begin=lambda graph: graph._processes['node'].send_signal(signal.SIGSTOP),
               end=lambda graph: graph._processes['node'].send_signal(signal.SIGCONT),
-              silent=True),
+              silent=True, short=True),
         Fault(name='node: deactivated mid-chunk', begin=_transitions('deactivate'),
               end=_transitions('activate'), stops=('deactivated',), within_s=AT_ONCE, short=True),
         Fault(name='node: cleaned up mid-chunk', begin=_transitions('deactivate', 'cleanup'),

@@ -24,7 +24,7 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 
 from meanflow_ros.ros import to_messages
-from reliability.robot import CAMERAS, HEIGHT, HOME, LOAD, STATES, WIDTH
+from reliability.robot import CAMERAS, HEIGHT, LOAD, STATES, WIDTH
 from reliability.streams import JOINTS, PICTURES
 
 CLOCK_PERIOD_S = 0.01
@@ -48,7 +48,7 @@ class Feeder:
         node.create_subscription(JointState, 'robot/state', self._on_state,
                                  qos_profile_sensor_data)
         self._random = np.random.default_rng(17)
-        self._state = dict(HOME)
+        self._state: dict | None = None      # of the controllers, once they tell it
         self._faults: dict = {}       # stream -> (fault, its memory)
         self._seconds: dict = {}      # stream -> another publisher of its topic
         self._later: list = []        # (when, order, publisher, message)
@@ -103,7 +103,10 @@ class Feeder:
         elif rest == 'ok':
             self._faults.pop(word, None)
             if word in self._seconds:
-                self._node.destroy_publisher(self._seconds.pop(word))
+                ended = self._seconds.pop(word)
+                self._later = [entry for entry in self._later if entry[2] is not ended]
+                heapq.heapify(self._later)
+                self._node.destroy_publisher(ended)
         else:
             self._faults[word] = (JOINTS if word == 'joints' else PICTURES)[rest], {}
 
@@ -123,7 +126,8 @@ class Feeder:
 
     def _feed(self) -> None:
         stamp_ns = self._now_ns()
-        self._send('joints', self._joint_state(stamp_ns))
+        if self._state is not None:
+            self._send('joints', self._joint_state(stamp_ns))
         for name in CAMERAS:
             self._send(name, self._picture(stamp_ns))
         for name in self._seconds:

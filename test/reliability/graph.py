@@ -122,6 +122,7 @@ class Graph:
                      for word in ('-p', f'{name}:={json.dumps(value)}')]
         module = 'reliability.faulty_node' if variant == MODEL else 'meanflow_ros.ros.policy_node'
         self.checker.forget()
+        self.checker.simulated_time = variant == CLOCK
         self._start('node', '-m', module, '--ros-args', *arguments)
         self.variant = variant
 
@@ -135,6 +136,14 @@ class Graph:
         process = self._start('controller', '-m', 'reliability.controller', str(self.shoulder),
                               str(self.elbow))
         threading.Thread(target=self._record, args=(process,), daemon=True).start()
+
+    def revive(self) -> None:
+        """Start anew what should not have ended."""
+        for name, start in (('feeder', self.start_feeder), ('controller', self.start_controller)):
+            if not self.alive(name):
+                start()
+        if self.alive('node'):
+            self.kill('node', signal.SIGKILL)
 
     def tell(self, process: str, line: str) -> None:
         """Write a line to the stdin of a process."""
@@ -196,7 +205,7 @@ class Graph:
             with contextlib.suppress(json.JSONDecodeError):    # killed within a line
                 record = json.loads(line)
                 if record[0] == 'c':
-                    self.elbow = record[3]
+                    self.elbow = record[4]
                 elif record[0] == 's':
                     self.shoulder = record[2]
                 self.checker.take(record)

@@ -44,7 +44,13 @@ def attempt(graph: Graph, fault: Fault) -> Outcome:
     """Let the robot move, do the fault, undo it, and wait for motion."""
     checker, problems = graph.checker, []
     commands, violated = checker.commands, checker.violated
-    prepare(graph, fault)
+    try:
+        prepare(graph, fault)
+    except Failed as error:
+        graph.revive()
+        return Outcome(name=fault.name, expected=_expected(fault), said=(), commands=0,
+                       outside_limits=0, rest_s=None, told_s=None, recovered_s=None,
+                       growth_mib=None, problems=(str(error),))
     process, memory = graph._processes['node'], graph.memory_mib()
     begin_s = time.monotonic()
     rest_s = told_s = recovered_s = None
@@ -79,10 +85,14 @@ def attempt(graph: Graph, fault: Fault) -> Outcome:
     if growth_mib is not None and growth_mib > fault.grows_mib:
         problems.append(f'the memory grew by {growth_mib:.1f} MiB')
     return Outcome(
-        name=fault.name, expected='goes on' if fault.stops is None and not fault.silent
-        else 'stops', said=tuple(said[-8:]), commands=checker.commands - commands,
+        name=fault.name, expected=_expected(fault), said=tuple(said[-8:]),
+        commands=checker.commands - commands,
         outside_limits=outside, rest_s=rest_s, told_s=told_s, recovered_s=recovered_s,
         growth_mib=growth_mib, problems=tuple(problems))
+
+
+def _expected(fault: Fault) -> str:
+    return 'goes on' if fault.stops is None and not fault.silent else 'stops'
 
 
 def _goes_on(graph: Graph, fault: Fault, problems: list[str]) -> None:
