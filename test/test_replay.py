@@ -8,6 +8,7 @@ import made_bags as made
 import numpy as np
 import pytest
 from made_bags import MS, ROBOT, T0, Scene, status, text
+from meanflow_ros.evaluation.replay.statistics import Sums, rank_correlation, with_interval
 from replay_rig import Fake, commanded, offsets, replay
 
 OFFSETS = (0.003, 0.007, 0.013, 0.029, 0.053)
@@ -379,3 +380,33 @@ def test_batches_change_no_result(plain):
     many, (second,), _ = replay(plain, Fake(error=offsets(*OFFSETS)), batch=64)
     np.testing.assert_array_equal(first.executed, second.executed)
     assert one['executed'] == many['executed'] and one['seams'] == many['seams']
+
+
+def test_intervals_draw_whole_episodes_and_weigh_them_by_their_steps():
+    even = Sums.of([np.zeros((4, 2)), np.ones((4, 2)) * (1, 3)])
+    # Two draws of two: 0, 1/2 or 1 with chances 1/4, 1/2, 1/4.
+    assert with_interval(2, lambda drawn: even.mean(drawn)[:, 0]) == {
+        'value': 0.5, 'low': 0.0, 'high': 1.0}
+    assert with_interval(2, lambda drawn: even.relative(drawn, np.array([2.0, 6.0]))) == {
+        'value': 0.25, 'low': 0.0, 'high': 0.5}
+    assert with_interval(2, lambda drawn: even.relative(drawn, np.array([0.0, 6.0])))[
+        'value'] == 0.25                         # what never moves has no scale
+    uneven = Sums.of([np.zeros((9, 1)), np.full((3, 1), 4.0), np.full((2, 1), np.nan)])
+    assert uneven.mean(np.array([[1.0, 1, 1], [0, 2, 0], [0, 0, 3]]))[:2, 0].tolist() == [1.0, 4.0]
+    assert np.isnan(uneven.mean(np.array([[0.0, 0, 3]]))).all()
+    assert with_interval(1, lambda drawn: np.array([0.7])) == {
+        'value': 0.7, 'low': None, 'high': None}
+    many = Sums.of(list(np.random.default_rng(3).normal(5.0, 2.0, (400, 1, 1))))
+    found = with_interval(400, lambda drawn: many.mean(drawn)[:, 0])
+    width = (found['high'] - found['low']) / 2
+    assert width == pytest.approx(1.96 * 2.0 / 400 ** 0.5, rel=0.15)      # the normal interval
+
+
+def test_rank_correlation_is_one_for_any_rising_curve_and_none_where_nothing_varies():
+    values = np.array([0.3, -2.0, 5.0, 1.1])
+    assert rank_correlation(values, np.exp(values)) == pytest.approx(1.0)
+    assert rank_correlation(values, -values ** 3) == pytest.approx(-1.0)
+    # Ranks 1.5 1.5 3 4 and 1 2 3.5 3.5: covariance 1, variances 1.125 each.
+    assert rank_correlation(np.array([1.0, 1, 2, 3]), np.array([1.0, 2, 3, 3])) == pytest.approx(
+        1.0 / 1.125)
+    assert rank_correlation(values, np.ones(4)) is None

@@ -10,7 +10,7 @@ from meanflow_ros.core.contract import ActionSpace, RobotSpec
 from meanflow_ros.evaluation.replay.baselines import Answers
 from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.evaluation.replay.statistics import (
-    by_dimension, errors, interval, number, quantiles, relative)
+    Sums, by_dimension, errors, number, quantiles, relative, with_interval)
 
 SWITCH_WITHIN_S = 1.0
 MOVES_ABOVE = 0.05           # of the typical size: below it a direction means nothing
@@ -51,53 +51,39 @@ def accuracy(episodes: Sequence[EpisodeReplay], robot: RobotSpec, baselines: Ans
     firsts = [difference[first_rows(each)] for each, difference in zip(episodes, differences)]
     executed = errors(names, np.concatenate(differences))
     first = errors(names, np.concatenate(firsts))
-    value, low, high = _relative_with_interval(firsts, scale)
+    policy = _absolute(firsts)
     found = {'scale': by_dimension(names, scale), 'executed': executed,
              'first_step': first, 'first_step_mae': first['mae'],
-             'relative_error': {'value': value, 'low': low, 'high': high},
+             'relative_error': with_interval(
+                 len(episodes), lambda weights: policy.relative(weights, scale)),
              'horizon': _horizon(episodes, names, None), 'baselines': {}}
     for name, chunks in baselines.items():
         found['baselines'][name] = ({'missing': why_not.get(name, '')} if chunks is None else
-                                    _baseline(episodes, chunks, names, scale, firsts))
+                                    _baseline(episodes, chunks, names, scale, policy))
     return found
 
 
-def _baseline(episodes, chunks, names, scale: np.ndarray, policy: list[np.ndarray]) -> dict:
+def _absolute(parts: Sequence[np.ndarray]) -> Sums:
+    return Sums.of([np.abs(part) for part in parts])
+
+
+def _baseline(episodes, chunks, names, scale: np.ndarray, policy: Sums) -> dict:
     """Return the baseline's errors, and by how much its relative error is above the policy's."""
     differences = [executed_difference(each, own) for each, own in zip(episodes, chunks)]
     firsts = [difference[first_rows(each)] for each, difference in zip(episodes, differences)]
-    value, low, high = _relative_with_interval(firsts, scale)
-    better = interval(len(episodes), lambda rows: (_mean_relative(firsts, rows, scale)
-                                                   - _mean_relative(policy, rows, scale)))
-    every = np.arange(len(episodes))
+    own, count = _absolute(firsts), len(episodes)
     first = errors(names, np.concatenate(firsts))
     return {'executed': errors(names, np.concatenate(differences)), 'first_step': first,
             'first_step_mae': first['mae'],
-            'relative_error': {'value': value, 'low': low, 'high': high},
-            'policy_better_by': {
-                'value': number(_mean_relative(firsts, every, scale)
-                                - _mean_relative(policy, every, scale)),
-                'low': better[0], 'high': better[1]},
+            'relative_error': with_interval(count, lambda drawn: own.relative(drawn, scale)),
+            'policy_better_by': with_interval(count, lambda drawn: own.relative(drawn, scale)
+                                              - policy.relative(drawn, scale)),
             'horizon': _horizon(episodes, names, chunks)}
 
 
-def _relative_with_interval(parts: list[np.ndarray], scale: np.ndarray):
-    value = _mean_relative(parts, np.arange(len(parts)), scale)
-    return number(value), *interval(len(parts), lambda rows: _mean_relative(parts, rows, scale))
-
-
-def _mean_relative(parts: list[np.ndarray], rows: np.ndarray, scale: np.ndarray) -> float:
-    """Return the relative error over the steps of the episodes `rows`, NaN without any."""
-    sums, counts = episode_sums(parts)
-    count = counts[rows].sum()
-    value = relative(sums[rows].sum(0) / count, scale) if count else None
-    return np.nan if value is None else value
-
-
-def episode_sums(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return per episode the sum of absolute errors (E, A) and the number of steps (E,)."""
-    usable = [part[np.isfinite(part).all(1)] for part in parts]
-    return np.stack([np.abs(part).sum(0) for part in usable]), np.array(list(map(len, usable)))
+def first_step_errors(episodes: Sequence[EpisodeReplay]) -> Sums:
+    """Return the absolute errors of the first executed step of each chunk."""
+    return _absolute([executed_difference(each)[first_rows(each)] for each in episodes])
 
 
 def _horizon(episodes, names, chunks: list[np.ndarray] | None) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from meanflow_ros.core.schema import known_or_hint
-from meanflow_ros.evaluation.replay.accuracy import (
-    episode_sums, executed_difference, first_rows, scale_of)
+from meanflow_ros.evaluation.replay.accuracy import first_step_errors, scale_of
 from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.evaluation.replay.running import METRICS, REPORT, Replayed, replay
-from meanflow_ros.evaluation.replay.statistics import interval, number, relative
+from meanflow_ros.evaluation.replay.statistics import number, with_interval
 from meanflow_ros.evaluation.replay.summary import environment, write_json
 from meanflow_ros.evaluation.replay.verdict import GOOD, LOOK, Finding
 from meanflow_ros.evaluation.report import write_page
@@ -74,11 +74,12 @@ def difference(a: Replayed, b: Replayed, names: Sequence[str]) -> dict:
     if not pairs:
         raise ValueError('A and B have no episode in common')
     units, scale = a.document['policy']['units'], scale_of([first for first, _ in pairs])
-    sums = [episode_sums([executed_difference(each)[first_rows(each)] for each in own])
-            for own in zip(*pairs)]
-    found = {OVERALL: _row(sums, lambda errors: relative(errors, scale), 1.0, '')}
+    both = [first_step_errors(own) for own in zip(*pairs)]
+    found = {OVERALL: _row([functools.partial(own.relative, scale=scale) for own in both],
+                           len(pairs), 1.0, '')}
     for index, name in enumerate(dimensions[0]):
-        found[name] = _row(sums, lambda errors, at=index: errors[at], scale[index], units[name])
+        found[name] = _row([lambda drawn, own=own, at=index: own.mean(drawn)[:, at]
+                            for own in both], len(pairs), scale[index], units[name])
     return {'schema': SCHEMA, 'version': VERSION, 'pairs': len(pairs), 'differences': found,
             'a': _account(a.document, names[0]), 'b': _account(b.document, names[1]),
             'verdict': _verdict(found[OVERALL], len(pairs)), 'environment': environment(),
@@ -91,20 +92,15 @@ def _pairs(first: Sequence[EpisodeReplay], second: Sequence[EpisodeReplay]):
             if (key := (each.bag, each.number, each.start_ns)) in known]
 
 
-def _row(sums, value_of, scale: float, unit: str) -> dict:
-    """Return A, B and B less A of a number that is made of mean errors (A,)."""
-    def mean(which: int, rows) -> float:
-        total, count = sums[which][0][rows].sum(0), sums[which][1][rows].sum()
-        value = value_of(total / count) if count else None
-        return np.nan if value is None else value
-
-    every = np.arange(len(sums[0][1]))
-    low, high = interval(len(every), lambda rows: mean(1, rows) - mean(0, rows))
-    own = [mean(0, every), mean(1, every)]
-    value = {'value': number(own[1] - own[0]), 'low': low, 'high': high}
-    return {'unit': unit, 'a': number(own[0]), 'b': number(own[1]), 'difference': value,
+def _row(statistics, pairs: int, scale: float, unit: str) -> dict:
+    """Return A, B and B less A, paired: both count the same episodes. statistics: of A, of B."""
+    a, b = statistics
+    every = np.ones((1, pairs))
+    difference = with_interval(pairs, lambda drawn: b(drawn) - a(drawn))
+    return {'unit': unit, 'a': number(a(every)[0]), 'b': number(b(every)[0]),
+            'difference': difference,
             'relative': {key: number(each / scale) if each is not None and scale else None
-                         for key, each in value.items()}}
+                         for key, each in difference.items()}}
 
 
 def _account(document: dict, name: str) -> dict:

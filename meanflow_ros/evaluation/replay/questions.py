@@ -9,7 +9,7 @@ import numpy as np
 from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.evaluation.replay.probes import AS_IS
 from meanflow_ros.evaluation.replay.statistics import (
-    by_dimension, interval, number, rank_correlation, relative)
+    Sums, by_dimension, number, rank_correlation, relative, with_interval)
 
 
 def probed(episodes: Sequence[EpisodeReplay], names: Sequence[str], scale: np.ndarray) -> dict:
@@ -44,8 +44,8 @@ def _against(episodes, name: str, plain: str, names, scale: np.ndarray) -> dict:
 
     error, effect and moved are relative: in units of the recorded actions' own spread.
     """
-    errors, effects, moved, owner = [], [], [], []
-    for index, each in enumerate(episodes):
+    errors, effects, moved = [], [], []
+    for each in episodes:
         asked = each.probes.get(name)
         if asked is None:
             continue
@@ -55,23 +55,13 @@ def _against(episodes, name: str, plain: str, names, scale: np.ndarray) -> dict:
         errors.append(error[usable])
         effects.append((error - _error(each, base))[usable])
         moved.append(np.abs(asked - base).mean(1)[usable])
-        owner += [index] * int(usable.sum())
-    if not owner:
+    if not sum(map(len, errors)):
         return {'missing': 'there was nothing to ask it with'}
-    error, effect, move = (np.concatenate(parts) for parts in (errors, effects, moved))
-    owner = np.array(owner)
-    rows_of = [np.flatnonzero(owner == index) for index in range(len(episodes))]
-    low, high = interval(len(episodes), lambda drawn: _relative_of(
-        effect[np.concatenate([rows_of[index] for index in drawn])], scale))
+    error, move, effect = np.concatenate(errors), np.concatenate(moved), Sums.of(effects)
     return {'observations': len(error), 'mae': by_dimension(names, error.mean(0)),
-            'error': relative(error.mean(0), scale), 'effect': {
-                'value': relative(effect.mean(0), scale), 'low': low, 'high': high},
+            'error': relative(error.mean(0), scale),
+            'effect': with_interval(len(effects), lambda drawn: effect.relative(drawn, scale)),
             'moved': relative(move.mean(0), scale)}
-
-
-def _relative_of(rows: np.ndarray, scale: np.ndarray) -> float:
-    value = relative(rows.mean(0), scale) if len(rows) else None
-    return np.nan if value is None else value
 
 
 def _spread(episodes, variants: list[str], scale: np.ndarray) -> dict:

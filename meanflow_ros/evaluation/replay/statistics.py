@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -50,23 +51,50 @@ def relative(error: np.ndarray, scale: np.ndarray) -> float | None:
     return float((error[moving] / scale[moving]).mean())
 
 
-def interval(episodes: int, statistic: Callable[[np.ndarray], float], *, seed: int = 0,
-             resamples: int = RESAMPLES) -> tuple[float | None, float | None]:
-    """Return the 95 % percentile bootstrap interval of `statistic` over whole episodes.
+def with_interval(episodes: int, statistic: Callable[[np.ndarray], np.ndarray], *,
+                  seed: int = 0) -> dict[str, float | None]:
+    """Return value, low and high: a statistic with its 95 % percentile bootstrap interval.
 
-    statistic: rows of episodes (N,), drawn with replacement -> a number. Episodes, not steps, are
-    drawn, since the steps of one episode are not independent (Efron and Tibshirani 1993, ch. 8).
-    (None, None) for fewer than two episodes.
+    statistic: how often each episode counts (R, E) -> R numbers. Whole episodes, not steps, are
+    drawn with replacement, since the steps of one episode are not independent (Efron and
+    Tibshirani 1993, ch. 8). low and high are None for fewer than two episodes.
     """
-    if episodes < 2:
-        return None, None
-    random = np.random.default_rng(seed)
-    values = np.array([statistic(random.integers(0, episodes, episodes))
-                       for _ in range(resamples)], np.float64)
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return None, None
-    return float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5))
+    value = number(statistic(np.ones((1, episodes)))[0]) if episodes else None
+    if episodes < 2 or value is None:
+        return {'value': value, 'low': None, 'high': None}
+    drawn = np.random.default_rng(seed).multinomial(
+        episodes, np.full(episodes, 1 / episodes), RESAMPLES).astype(np.float64)
+    values = statistic(drawn)
+    low, high = np.percentile(values[np.isfinite(values)], [2.5, 97.5])
+    return {'value': value, 'low': float(low), 'high': float(high)}
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Per episode the sum (E, A) of what its steps have, and the number of these steps (E,)."""
+
+    sums: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, parts: Sequence[np.ndarray]) -> Sums:
+        """Add up the finite rows of each episode's (N, A)."""
+        usable = [part[np.isfinite(part).all(1)] for part in parts]
+        return cls(np.stack([part.sum(0) for part in usable]),
+                   np.array([len(part) for part in usable], np.float64))
+
+    def mean(self, weights: np.ndarray) -> np.ndarray:
+        """Return the mean over all steps (R, A) for weights (R, E); NaN where there is no step."""
+        counts = weights @ self.counts
+        return np.where(counts[:, None] > 0, weights @ self.sums, np.nan) / np.maximum(
+            counts, 1)[:, None]
+
+    def relative(self, weights: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Return that mean in units of `scale`, over the dimensions that move, (R,)."""
+        moving = scale > 0
+        if not moving.any():
+            return np.full(len(weights), np.nan)
+        return (self.mean(weights)[:, moving] / scale[moving]).mean(1)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
