@@ -178,6 +178,16 @@ def test_a_missing_topic_is_named_with_the_nearest_and_all_that_are_there(run, t
     assert code == 0 and document['executed']['max']['base'] == 0.0
 
 
+def test_a_name_that_holds_the_word_is_nearer_than_one_that_looks_alike(run, tmp_path):
+    scene = Scene()
+    scene.robot(T0, 100 * MS, action_topic='arm/recorded_action')
+    scene.add('instruction', T0, text('go'))
+    scene.add('episode', T0, status('start', 0))
+    scene.write(tmp_path / 'bag')
+    assert 'did you mean /arm/recorded_action?' in run(tmp_path / 'bag')[2]
+    assert not (tmp_path / 'out').exists()
+
+
 def test_a_remapping_of_a_name_that_nothing_reads_is_refused(run, bag):
     assert 'nothing is read from /camera/left/image' in run(
         bag, '--topic', 'camera/left/image:=/x')[2]

@@ -44,9 +44,13 @@ def replay(bags: Sequence[Path], arguments: argparse.Namespace) -> Replayed:
     """Replay the bags and write the results to `arguments.out`; ValueError for what to mend."""
     if arguments.live and (arguments.jobs > 1 or arguments.ray is not None):
         raise ValueError('--live plays to one node: leave --jobs and --ray out')
-    settings, acting = make_settings(arguments)
+    given = None if arguments.latency == MEASURED else (
+        latency.fixed(arguments.latency) or latency.from_file(Path(arguments.latency)))
+    settings, seconds, reports = look_at(bags, make_settings(arguments))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    settings, seconds, reports = look_at(bags, settings)
+    acting = make_acting(settings)
+    settings = dataclasses.replace(settings, latency=given or _latency(
+        arguments.out, settings, acting))
     todo = [bag for bag in bags if bag not in reports]
     interrupted = False
     try:
@@ -77,13 +81,13 @@ def _bags_below(path: Path) -> list[Path]:
             if child.is_dir() for bag in _bags_below(child)]
 
 
-def make_settings(arguments: argparse.Namespace) -> tuple[ReplaySettings, Acting | None]:
-    """Return the settings, and the policy, loaded, if it was needed to measure its latency."""
+def make_settings(arguments: argparse.Namespace) -> ReplaySettings:
+    """Return the settings, all but the latency."""
     checkpoint = arguments.checkpoint
     if checkpoint is None and not (arguments.policy == RECORDED and arguments.config):
         checkpoint = default_checkpoint()
     robot, data = read_robot_and_data(checkpoint, arguments.config, arguments.data)
-    settings = ReplaySettings(
+    return ReplaySettings(
         robot=robot, data=data, latency=Latency(values_s=(0.0,), source='not yet known'),
         policy=LIVE if arguments.live else arguments.policy, checkpoint=str(checkpoint or ''),
         namespace=arguments.namespace,
@@ -95,26 +99,19 @@ def make_settings(arguments: argparse.Namespace) -> tuple[ReplaySettings, Acting
         execution=arguments.execution, motion=str(arguments.motion or ''),
         min_rate_hz=arguments.min_rate_hz, frozen_pictures=arguments.frozen_pictures,
         picture_size=arguments.picture_size)
-    acting = make_acting(settings)
-    times = _latency(arguments, settings, acting)
-    return dataclasses.replace(settings, latency=times), acting
 
 
-def _latency(arguments: argparse.Namespace, settings: ReplaySettings,
-             acting: Acting | None) -> Latency:
-    if arguments.latency != MEASURED:
-        return latency.fixed(arguments.latency) or latency.from_file(Path(arguments.latency))
+def _latency(out: Path, settings: ReplaySettings, acting: Acting | None) -> Latency:
     if settings.policy == LIVE:
         return Latency(values_s=(0.0,), source='live: from a complete observation to its chunk')
     if acting is None:
         return Latency(values_s=(0.0,), source='none: the recorded commands need no inference')
-    kept = arguments.out / LATENCY
+    kept = out / LATENCY
     if kept.is_file():    # an interrupted run goes on with the latencies that it began with
         document = json.loads(kept.read_text())
         if document.get('of') == settings.fingerprint():
             return Latency(values_s=tuple(document['values_s']), source=document['source'])
     found = latency.measured(acting, settings.robot, settings.instruction)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(kept, {'of': settings.fingerprint(), 'values_s': found.values_s,
                       'source': found.source,
                       'latencies_ms': [1e3 * value for value in found.values_s]})

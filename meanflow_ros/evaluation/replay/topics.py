@@ -110,15 +110,23 @@ class _Search:
         topic = self._resolved(name)
         channel = self._found.get(topic)
         if channel is None:
-            close = difflib.get_close_matches(topic, self._found, n=1, cutoff=0.4)
+            close = self._nearest(topic, types)
             raise ValueError(
                 f'the bag has no topic {topic} ({field})'
-                + (f', did you mean {close[0]}? --topic {name}:={close[0]}' if close else '')
+                + (f', did you mean {close}? --topic {name}:={close}' if close else '')
                 + f'; it has {topic_list(self._found)}')
         if types and channel.type not in types:
             raise ValueError(f'{topic} ({field}) holds {channel.type}, '
                              f'expected {" or ".join(types)}')
         return channel.topic
+
+    def _nearest(self, topic: str, types: tuple[str, ...]) -> str:
+        """Return the topic whose name is nearest; one that holds the whole word comes first."""
+        usable = [each for each, channel in self._found.items()
+                  if channel.type in types or not types]
+        word = topic.rsplit('/', 1)[-1]
+        holding = sorted((each for each in usable if word in each), key=len)
+        return next(iter(holding + difflib.get_close_matches(topic, usable, n=1, cutoff=0.4)), '')
 
     def camera(self, camera: str, given: str | None) -> str:
         raw = given or f'camera/{camera}/image_raw'
