@@ -56,7 +56,7 @@ class Acts:
     robot: RobotSpec = SPEC
     batches: list = None
 
-    def __call__(self, observations, noise_seeds):
+    def __call__(self, observations, noise_seeds, prefixes):
         if self.batches is not None:
             self.batches.append(len(observations))
         return [ActionChunk(
@@ -87,7 +87,7 @@ class OneByOne:
         self.robot = SPEC
         self.seen = {}
 
-    def __call__(self, observations, noise_seeds):
+    def __call__(self, observations, noise_seeds, prefixes):
         chunks = [self._policy.act(observation, seed=seed)
                   for observation, seed in zip(observations, noise_seeds)]
         for chunk, seed in zip(chunks, noise_seeds):

@@ -250,7 +250,7 @@ def test_h_in_the_last_third_leaves_the_first_two_thirds_blind(depth, blind):
     network(z, t=T, h=torch.zeros(3), conditioning=conditioning)
     network(z, t=T, h=torch.ones(3), conditioning=conditioning)
     for part in (slice(0, 24), slice(24, None)):   # the signal itself, and the shared AdaLN of it
-        same = [torch.equal(a[:, part], b[:, part])
+        same = [torch.equal(a[..., part], b[..., part])
                 for a, b in zip(signals[:depth], signals[depth:])]
         assert same == [True] * blind + [False] * (depth - blind)
 

@@ -133,6 +133,31 @@ def test_a_franka_follows_chunks_through_its_trajectory_controller_without_a_jum
     assert gripper.values[0] == pytest.approx(path(2.4)[0], abs=0.02) and gripper.rejected == 0
 
 
+def test_when_within_its_lead_a_trajectory_reaches_the_controller_does_not_matter():
+    courses = []
+    for late_ns in (0, 7 * MS, 19 * MS):
+        arm = JointTrajectoryController(PANDA, np.zeros(7))
+        driven = Driven(FRANKA, 'motion_franka.yaml')
+        driven.motion.feel(np.zeros(7))
+        course = []
+        for number in range(6):
+            sign = 1 if number % 2 else -1
+            driven.chunk(lambda s, sign=sign: np.full(8, sign * 0.1 * np.sin(s)))
+            topic, sent_ns, message = [sent for sent in driven.wire.sent
+                                       if sent[0].endswith('joint_trajectory')][-1]
+            for now_ns in range(driven.now_ns, driven.now_ns + 100 * MS, MS):
+                if now_ns == sent_ns + late_ns:
+                    arm.receive(message, now_ns)
+                course.append(arm.state(now_ns)[0][0])
+            driven.run(0.1)
+            driven.motion.feel(arm.state(driven.now_ns)[0])
+        assert arm.rejected == []
+        courses.append(course)
+    assert np.ptp(courses[0]) > 0.01
+    for course in courses[1:]:
+        np.testing.assert_allclose(course, courses[0], atol=2e-4)
+
+
 def test_a_trajectory_ends_at_rest_ahead_of_now_with_every_joint():
     driven = Driven(FRANKA, 'motion_franka.yaml')
     driven.wire.now_ns += 3
@@ -371,6 +396,41 @@ def test_silence_is_one_last_command_and_then_none():
     driven.run(0.5)
     assert len(driven.wire.sent) == count + 2
     np.testing.assert_array_equal(receiver.velocity(driven.now_ns), np.zeros(6))
+
+
+def test_a_trajectory_begins_within_the_limits_from_where_the_controller_is():
+    arm = JointTrajectoryController(PANDA, np.zeros(7))
+    driven = Driven(FRANKA, 'motion_franka.yaml',
+                    **{'/joint_trajectory_controller/joint_trajectory': arm})
+    driven.motion.feel(np.zeros(7))
+    velocities, limit = [], driven.motion.guard.limits.velocity[:7]
+    for number in range(30):                 # chunks that contradict each other, states 0.1 s old
+        felt = arm.state(driven.now_ns)[0]
+        driven.run(0.1, lambda: velocities.append(arm.state(driven.now_ns)[1]))
+        driven.motion.feel(felt)
+        sign = 1 if number % 2 else -1
+        driven.chunk(lambda s: np.append(felt + sign * 0.1 * np.sin(9 * s - 0.45), 0.1))
+    assert arm.rejected == [] and np.abs(velocities).max() > 0.2
+    assert (np.abs(velocities) <= limit * (1 + 1e-6)).all()
+
+
+def test_a_joint_that_is_not_where_it_was_sent_stops_the_robot_until_it_stays_there():
+    arm = JointTrajectoryController(PANDA, np.zeros(7))
+    driven = Driven(FRANKA, 'motion_franka.yaml',
+                    **{'/joint_trajectory_controller/joint_trajectory': arm})
+    driven.motion.feel(np.zeros(7))
+    driven.chunk(steady(np.zeros(8)))
+    moved = np.array([0.0, 0.0, 0.0, 0.61, 0.0, 0.0, 0.0])
+    driven.motion.feel(moved)
+    goal = steady(np.append(moved, 0.0))
+    for _ in range(19):
+        with pytest.raises(Rejected, match="'panda_joint4' is 0.61 away from where it was sent"):
+            driven.chunk(goal)
+        driven.run(0.1)
+    assert driven.motion.stopped == 'no chunk'
+    driven.run(0.3)
+    driven.chunk(goal)
+    assert driven.wire.sent[-1][2].points[0].positions[3] == pytest.approx(0.61)
 
 
 def test_after_silence_a_stream_waits_until_the_robot_stands_and_goes_on_from_there():

@@ -139,6 +139,17 @@ def test_when_pictures_end_the_stream_comes_to_rest_and_ends(rig):
     moving(rig)
 
 
+def test_a_clock_that_stands_ends_the_commands(rig):
+    moving(rig)
+    control = rig.node._control
+    real, stands_ns = control._now_ns, rig.node.get_clock().now().nanoseconds
+    control._now_ns = lambda: stands_ns
+    until(lambda: control.motion.stopped == 'the clock stands', 'a stop')
+    assert quiet(rig, without=('joints', 'static', 'wrist')) == []
+    control._now_ns = real
+    moving(rig)
+
+
 def test_a_model_that_hangs_stops_the_robot_and_goes_on_by_itself(rig):
     moving(rig)
     hang = [True]

@@ -212,19 +212,24 @@ def test_a_recorded_demonstration_reads_back_with_every_topic_and_a_success(tmp_
     counts = demonstrations.record(tmp_path / 'bags', ['button-press-topdown'], episodes=1,
                                    first_seed=5, image_size=SIZE, noise=0.2)
     assert counts == {'button-press-topdown': (1, 1)}
-    stamps, last = {}, {}
+    stamps, last, told = {}, {}, {'/action': [], '/executed': []}
     for topic, stamp_ns, message in read_messages(tmp_path / 'bags' / 'button-press-topdown_00'):
         stamps.setdefault(topic, []).append(stamp_ns)
         last[topic] = message
+        if topic in told:
+            told[topic].append(message.points[0].positions)
     assert set(stamps) == {
         '/camera/static/image_raw', '/camera/wrist/image_raw', '/joint_states', '/tool_pose',
-        '/instruction', '/episode', '/action'}
+        '/instruction', '/episode', '/action', '/executed'}
     assert np.unique(np.diff(stamps['/action'])).tolist() == [25_000_000]
     assert stamps['/action'] == stamps['/camera/wrist/image_raw'] == stamps['/joint_states']
     values = {pair.key: pair.value for pair in last['/episode'].values}
     assert last['/episode'].message == 'success'
     assert values['seed'] == '5' and int(values['steps']) == len(stamps['/action'])
     assert last['/instruction'].data == 'press the button'
+    disturbed = np.abs(np.subtract(told['/executed'], told['/action'])).max(axis=1) > 0
+    assert 0.2 < disturbed.mean() < 0.8 and (
+        np.abs(told['/executed']) <= sim.ACTION_SPACE.upper + 1e-12).all()
     assert tuple(last['/action'].joint_names) == sim.ACTION_SPACE.dimensions
     assert last['/camera/static/image_raw'].data.size == SIZE * SIZE * 3
 

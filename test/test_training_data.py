@@ -235,6 +235,31 @@ def test_a_twist_is_read_by_its_fields_and_the_gripper_from_a_topic_of_its_own(t
     assert '6 twist fields for the 2 dimensions turn, ahead' in skipped[0]
 
 
+def test_what_was_executed_is_read_beside_the_action_where_it_is_recorded(tmp_path):
+    scene = Scene()
+    scene.add('instruction', T0, text('screw it in'))
+    scene.robot(T0, 300 * MS)
+    names = ROBOT.action_space.dimensions
+    for at_ns in range(0, 300 * MS, 20 * MS):
+        scene.add('executed', T0 + at_ns, made.trajectory(
+            T0 + at_ns, names, [command(T0 + at_ns) + [0.25, 0.0, -0.5]]))
+    scene.write(tmp_path / 'bag')
+    (plain,), _ = read(tmp_path / 'bag', episodes='bag')
+    np.testing.assert_array_equal(plain.executed, plain.chunks)
+    (apart,), _ = read(tmp_path / 'bag', episodes='bag', executed_topic='executed', relative=True)
+    (relative,), _ = read(tmp_path / 'bag', episodes='bag', relative=True)
+    np.testing.assert_array_equal(apart.chunks, relative.chunks)
+    np.testing.assert_allclose(apart.executed - apart.chunks, np.broadcast_to(
+        [0.25, 0.0, -0.5], apart.chunks.shape), atol=1e-6)
+    build_cache([tmp_path / 'bag'], ROBOT, DataConfig(episodes='bag', executed_topic='executed'),
+                SIZE, tmp_path / 'cache')
+    batch = open_cache(tmp_path / 'cache').gather(np.array([0, 3]))
+    np.testing.assert_allclose(batch.executed - batch.chunk, np.broadcast_to(
+        [0.25, 0.0, -0.5], batch.chunk.shape), atol=1e-6)
+    _, skipped = read(tmp_path / 'bag', episodes='bag', executed_topic='nothing')
+    assert 'has no topic /nothing (executed_topic)' in skipped[0]
+
+
 def test_a_message_that_is_no_action_is_named_with_what_would_be():
     with pytest.raises(ValueError, match='cannot be read from std_msgs/msg/String, use one of '
                                          'trajectory_msgs/msg/JointTrajectory'):

@@ -7,6 +7,8 @@ encoder, decoder and AdaLN; samples are routed one by one, so a mixed batch equa
 
 What depends on the observation alone (cross-attention keys and values, proprioception) is
 computed once, by `condition`; the sampler then calls the network once per step.
+
+Steps that are given as a clean prefix have a time of their own: theirs is t = 0, h = 0.
 """
 
 from __future__ import annotations
@@ -197,8 +199,11 @@ class FlowBlock(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, config.adaln_rank),
                                         nn.Linear(config.adaln_rank, 6 * width))
 
-    def forward(self, x: Tensor, signal: Tensor, shared: Tensor, keys_values, mask) -> Tensor:
-        modulation = (self.modulation(signal) + shared)[:, None]   # (B, 1, 6 D)
+    def forward(self, x: Tensor, signal: Tensor, shared: Tensor, keys_values, mask,
+                given: Tensor | None = None) -> Tensor:
+        modulation = self.modulation(signal) + shared              # (B, 1, 6 D)
+        if given is not None:                                      # (B, 2, 6 D) -> (B, T, 6 D)
+            modulation = torch.where(given[..., None], modulation[:, 1:], modulation[:, :1])
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         attended = self.self_attn(self.norm1(x) * (1 + scale_a) + shift_a)
         x = x + gate_a * self.residual_dropout(attended)
@@ -372,23 +377,37 @@ class ActionDiT(nn.Module):
         """Return the context (B, S, C), the learned null in the samples `dropped` (B,) bool."""
         return torch.where(dropped.view(-1, 1, 1), self.null_context.to(context.dtype), context)
 
-    def forward(self, z: Tensor, *, t: Tensor, h: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the velocity (B, T, A) at z (B, T, A), t (B,), h (B,)."""
+    def _signals(self, t: Tensor, h: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what tells a block the time, (B, 1, D): without and with h."""
+        signal = standardize(self.t_embedder(t))
+        if state is not None:
+            signal = signal + standardize(state.float())
+        with_h = signal
+        if self.h_embedder is not None:
+            with_h = signal + standardize(self.h_embedder(h))
+        return signal[:, None], with_h[:, None]
+
+    def forward(self, z: Tensor, *, t: Tensor, h: Tensor, conditioning: Conditioning,
+                given: Tensor | None = None) -> Tensor:
+        """Return the velocity (B, T, A) at z (B, T, A), t (B,), h (B,).
+
+        given: (B, T) bool, the steps of z that are clean actions; what is said there means
+        nothing.
+        """
         space, config = conditioning.space, self.config
         x = self._route(space, self.action_encoders,
                         lambda name, encode: encode(z[..., :config.action_spaces[name]]),
                         config.width)                              # (B, T, D)
-        signal = standardize(self.t_embedder(t))                   # (B, D)
-        if conditioning.state is not None:
-            signal = signal + standardize(conditioning.state.float())
-        signals = [signal] * config.depth
-        if self.h_embedder is not None:
-            with_h = signal + standardize(self.h_embedder(h))
-            signals = [signal if i < self.h_from_block else with_h for i in range(config.depth)]
+        signal, with_h = self._signals(t, h, conditioning.state)
+        if given is not None:
+            zero = torch.zeros_like(t)
+            clean = self._signals(zero, zero, conditioning.state)
+            signal, with_h = (torch.cat(pair, 1) for pair in zip((signal, with_h), clean))
+        signals = [signal if i < self.h_from_block else with_h for i in range(config.depth)]
         shared = {id(s): self._route(space, self.adaln, lambda _, adaln, s=s: adaln(s),
                                      6 * config.width) for s in signals}
         for block, keys_values, signal in zip(self.blocks, conditioning.keys_values, signals):
-            x = block(x, signal, shared[id(signal)], keys_values, conditioning.mask)
+            x = block(x, signal, shared[id(signal)], keys_values, conditioning.mask, given)
         x = self.final_norm(x)
         return self._route(space, self.action_decoders, lambda _, decode: decode(x, h),
                            self.action_size).to(z.dtype)

@@ -155,11 +155,14 @@ class Guard:
         return SafeCommand(values=self._robot.action_space.at_rest(stop.values), stamp_ns=now_ns,
                            space=self._robot.action_space, seal=_GUARD_SEAL)
 
-    def check_plan(self, plan: TimedActions) -> SafeChunk:
-        """Return steps that come from chunks which have passed, as one that may be sent.
+    def check_plan(self, plan: TimedActions,
+                   start: tuple[int, np.ndarray, np.ndarray] | None = None) -> SafeChunk:
+        """Seal what a timeline made of checked chunks, for an output that takes it whole.
 
         Where chunks meet, the change may be beyond a limit: it is tracked within the limits, from
-        the first step on. Only numbers inside the position limits pass; Rejected otherwise.
+        the first step on. start: the time (ns), position and velocity (A,), NaN where nothing is
+        known, that the robot has before the first step: the way from there keeps the limits too.
+        Only numbers inside the position limits pass; Rejected otherwise.
         """
         names = self._robot.action_space.dimensions
         slack = LIMIT_TOLERANCE * (self._box.upper - self._box.lower)
@@ -168,11 +171,31 @@ class Guard:
         if not inside.all():
             self.interventions['position'] += 1
             raise Rejected('position', f'{names[int(np.argmin(inside))]!r} leaves its limits')
-        excess = _excess(plan, self.limits)
-        if any((excess[kind] > 1 + LIMIT_TOLERANCE).any() for kind in RATES):
+        whole, velocity = plan, np.zeros(len(names))
+        if start is not None:
+            position = np.where(np.isnan(start[1]), plan.actions[0], start[1])
+            velocity = np.nan_to_num(start[2])
+            whole = TimedActions(stamp_ns=plan.stamp_ns, due_ns=[start[0], *plan.due_ns],
+                                 actions=np.vstack([position, plan.actions]))
+        excess = _excess(whole, self.limits)
+        if any((excess[kind] > 1 + LIMIT_TOLERANCE).any() for kind in RATES) \
+                or not self._continues(whole, velocity, start):
             self.interventions['seam clamped'] += 1
-            plan = self._tracked(plan, np.clip(plan.actions[0], self._box.lower, self._box.upper))
-        return self._sealed(plan)
+            whole = self._tracked(whole, np.clip(whole.actions[0], self._box.lower,
+                                                 self._box.upper), velocity)
+        if start is not None:
+            whole = TimedActions(stamp_ns=plan.stamp_ns, due_ns=whole.due_ns[1:],
+                                 actions=whole.actions[1:])
+        return self._sealed(whole)
+
+    def _continues(self, whole: TimedActions, velocity: np.ndarray, start) -> bool:
+        """Whether the first gap of a plan begins with this velocity, but for the acceleration."""
+        if start is None:
+            return True
+        gap_s = (whole.due_ns[1] - whole.due_ns[0]) / 1e9
+        change = np.abs((whole.actions[1] - whole.actions[0]) / gap_s - velocity)
+        return bool((2 * change <= self.limits.acceleration * gap_s * (1 + LIMIT_TOLERANCE)
+                     + 1e-9).all())
 
     @property
     def commanded(self) -> np.ndarray:
@@ -284,9 +307,15 @@ class Guard:
     def _remedy(self, kind: str) -> str:
         return self._settings.remedies.get(kind, REJECT)
 
-    def _tracked(self, timed: TimedActions, start: np.ndarray) -> TimedActions:
-        """Return what a robot does that follows the steps from `start`, at rest, within limits."""
+    def _tracked(self, timed: TimedActions, start: np.ndarray,
+                 velocity: np.ndarray | None = None) -> TimedActions:
+        """Return what a robot does that follows the steps from `start` within limits.
+
+        velocity: (A,) that it has there, 0 by default.
+        """
         limiter = Limiter(self._box, start)
+        if velocity is not None:
+            limiter.move(start, velocity)
         actions = [start, *(limiter.step(action, gap_ns / 1e9) for action, gap_ns
                             in zip(timed.actions[1:], np.diff(timed.due_ns)))]
         return TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns,

@@ -38,9 +38,15 @@ class Limiter:
 
     def stand(self, position: np.ndarray) -> None:
         """Stand still at `position` (A,), which must lie within the limits."""
+        self.move(position, np.zeros(len(position)))
+
+    def move(self, position: np.ndarray, velocity: np.ndarray) -> None:
+        """Pass `position` (A,), within the limits, with `velocity` if that can be stopped."""
         assert ((position >= self._limits.lower) & (position <= self._limits.upper)).all()
-        self._state = (np.array(position, np.float64), np.zeros(len(position)),
-                       np.zeros(len(position)))
+        velocity = np.clip(velocity, -self._velocity, self._velocity)
+        state = np.array(position, np.float64), velocity, np.zeros(len(position))
+        state[1][~self._can_stop(state) | self._free] = 0.0
+        self._state = state
         self._last_target: np.ndarray | None = None
 
     @property

@@ -9,8 +9,8 @@ h = t - r, and on the straight path between them
 
 `u` is any callable `u(z, t=(B,), h=(B,), rows=None) -> (B, T, A)`; nothing here knows a network.
 With `rows`, a slice, z, t and h are those samples of the batch alone. Tensors: z, x, e, v are
-(B, T, A); t, r, h are (B,) float32. Losses take weights (B, T, A), 0 for padded steps and unused
-dimensions; each returns a scalar.
+(B, T, A); t, r, h are (B,) float32. Losses take weights (B, T, A), 0 for padded steps, for steps
+that are given as a prefix, and for unused dimensions; each returns a scalar.
 """
 
 from __future__ import annotations
@@ -37,6 +37,24 @@ def _column(time: Tensor) -> Tensor:                               # (B,) -> (B,
 def interpolate(x: Tensor, e: Tensor, *, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the point z on the path at time t (B,) and its velocity v."""
     return (1 - _column(t)) * x + _column(t) * e, e - x
+
+
+def with_prefix(u: Velocity, x: Tensor, given: Tensor) -> Velocity:
+    """Return the field in which the steps `given` (B, T) bool of x are known: clean, and at rest.
+
+    Whatever z holds there, u sees x, and says 0. So the tangent of these steps is 0 in every
+    derivative, no noise of theirs enters a loss, and no step of a sampler moves them: the hard
+    in-painting of training-time real-time chunking (Black et al. 2025, arXiv 2512.05964). `u`
+    must know by itself which steps these are.
+    """
+    given = given[..., None]                                       # (B, T, 1)
+
+    def held(z: Tensor, *, t: Tensor, h: Tensor, rows: slice | None = None) -> Tensor:
+        own = slice(None) if rows is None else rows
+        seen = torch.where(given[own], x[own], z)
+        return torch.where(given[own], 0.0, u(seen, t=t, h=h, rows=rows))
+
+    return held
 
 
 # --- D, the total derivative of u along the path, for the samples `rows` ------------------------

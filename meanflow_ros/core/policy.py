@@ -26,6 +26,7 @@ from meanflow_ros.core.contract import (
 from meanflow_ros.core.dit import ActionDiT, Conditioning, DiTConfig
 from meanflow_ros.core.encoder import EncoderConfig, FlorenceEncoder
 from meanflow_ros.core.normalize import Normalizer
+from meanflow_ros.core.prefix import checked_prefix, known_steps
 from meanflow_ros.core.schema import check_keys, read_dataclass, read_yaml, to_plain
 from meanflow_ros.core.storage import replaced_directory
 
@@ -47,8 +48,9 @@ class PolicyConfig:
     prompt: template with `{instruction}`. sampler: one of meanflow.SAMPLERS, what the network's
     output is: average velocity, instantaneous velocity (euler), or the action itself (regression).
     sampler_steps: default NFE. relative_to: for each action dimension the state whose measured
-    value is added to it, '' for none; empty if no dimension is relative. training: free text on
-    how it was made.
+    value is added to it, '' for none; empty if no dimension is relative. max_prefix: steps of a
+    chunk that may be given as a prefix, 0 for a network that was not trained for it. training:
+    free text on how it was made.
     """
 
     robot: RobotSpec
@@ -60,6 +62,7 @@ class PolicyConfig:
     sampler_steps: int = 1
     sampler: str = 'average'
     relative_to: tuple[str, ...] = ()
+    max_prefix: int = 0
     training: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -98,6 +101,9 @@ class PolicyConfig:
                              f'got {self.sampler!r}')
         if not 1 <= self.sampler_steps <= MAX_STEPS:
             raise ValueError(f'sampler_steps must be 1 to {MAX_STEPS}, got {self.sampler_steps}')
+        if not 0 <= self.max_prefix < self.robot.horizon:
+            raise ValueError(f'max_prefix must be 0 to {self.robot.horizon - 1}, less than the '
+                             f'horizon, got {self.max_prefix}')
 
 
 def _template_fields(template: str) -> set[str]:
@@ -125,12 +131,18 @@ class PolicyNetwork(nn.Module):
         space = torch.full((len(pixels),), self.space_index, device=pixels.device)
         return self.dit.condition(context, mask, state, space)
 
-    def velocity(self, conditioning: Conditioning) -> meanflow.Velocity:
-        """Return u(z, t=, h=, rows=) for these observations, or for the slice `rows` of them."""
+    def velocity(self, conditioning: Conditioning, x: Tensor | None = None,
+                 given: Tensor | None = None) -> meanflow.Velocity:
+        """Return u(z, t=, h=, rows=) for these observations, or for the slice `rows` of them.
+
+        given: (B, T) bool, the steps of x (B, T, A) that are known, see `meanflow.with_prefix`.
+        """
         def u(z: Tensor, *, t: Tensor, h: Tensor, rows: slice | None = None) -> Tensor:
+            own = slice(None) if rows is None else rows
             some = conditioning if rows is None else conditioning.select(rows)
-            return self.dit(z, t=t, h=h, conditioning=some)
-        return u
+            return self.dit(z, t=t, h=h, conditioning=some,
+                            given=None if given is None else given[own])
+        return u if given is None else meanflow.with_prefix(u, x, given)
 
 
 class Policy:
@@ -164,22 +176,28 @@ class Policy:
                            generator=generator)
 
     def act(self, observation: Observation, *, steps: int | None = None, seed: int = 0,
-            noise: Tensor | None = None) -> ActionChunk:
+            noise: Tensor | None = None, prefix: np.ndarray | None = None) -> ActionChunk:
         """Return the chunk for an observation; the same input and seed give the same chunk.
 
         steps: NFE of the sampler, the checkpoint's own by default. noise: (1, T, A) in place of
-        the seeded draw. Raises ValueError for a missing camera or a state of the wrong size.
+        the seeded draw. prefix: (n, A) first steps of the chunk, in physical units; the rest
+        continues them, and they come back as they are. Raises ValueError for a missing camera, a
+        state of the wrong size, or a prefix of the wrong shape or longer than `max_prefix`.
         """
-        return self.act_batch([observation], steps=steps, seeds=[seed], noise=noise)[0]
+        return self.act_batch([observation], steps=steps, seeds=[seed], noise=noise,
+                              prefixes=[prefix])[0]
 
     @torch.inference_mode()
     def act_batch(self, observations: Sequence[Observation], *, steps: int | None = None,
-                  seeds: Sequence[int], noise: Tensor | None = None) -> list[ActionChunk]:
+                  seeds: Sequence[int], noise: Tensor | None = None,
+                  prefixes: Sequence[np.ndarray | None] = ()) -> list[ActionChunk]:
         """Return the chunk of each of B observations, all of one picture size.
 
         seeds: of the noise, one per observation. noise: (B, T, A) in place of the seeded draws.
-        Raises ValueError as `act` does.
+        prefixes: one per observation, None or no steps for none. Raises ValueError as `act` does.
         """
+        prefixes = [checked_prefix(prefix, self.robot, self.config.max_prefix)
+                    for prefix in prefixes or [None] * len(observations)]
         pixels, ids, mask, state = self._inputs(observations)
         if noise is None:
             noise = torch.cat([self.noise(observation.stamp_ns, seed)
@@ -187,10 +205,28 @@ class Policy:
         sampler = meanflow.SAMPLERS[self.config.sampler]
         with self._autocast():
             conditioning = self.network.condition(pixels, ids, mask, state)
-            actions = sampler(self.network.velocity(conditioning), noise.to(self.device),
+            given = ()
+            if any(map(len, prefixes)):
+                given = [value.to(self.device) for value in self.known_steps(
+                    prefixes, observations)]
+            actions = sampler(self.network.velocity(conditioning, *given), noise.to(self.device),
                               steps=steps or self.config.sampler_steps)
-        return [self.chunk(row, observation) for row, observation in zip(
-            actions.double().cpu().numpy(), observations)]
+        return [self.chunk(row, observation, prefix) for row, observation, prefix in zip(
+            actions.double().cpu().numpy(), observations, prefixes)]
+
+    def known_steps(self, prefixes: Sequence[np.ndarray],
+                    observations: Sequence[Observation]) -> tuple[Tensor, Tensor]:
+        """Return what `PolicyNetwork.velocity` takes: x (B, T, A) and which steps are given."""
+        return known_steps(
+            prefixes, np.stack([self._origin(observation) for observation in observations]),
+            self.config.action_normalizer, horizon=self.robot.horizon,
+            size=self.network.dit.action_size)
+
+    def _origin(self, observation: Observation) -> np.ndarray:
+        """Return what relative actions (A,) are relative to; 0 where they are not."""
+        names = self.config.relative_to or [''] * self.robot.action_space.size
+        return np.array([observation.state[self.robot.state_names.index(name)] if name else 0.0
+                         for name in names])
 
     def _inputs(self, observations: Sequence[Observation]) -> tuple:
         """Return what the network takes: pixels, token ids, their mask, normalised states."""
@@ -215,13 +251,18 @@ class Policy:
         values = self.config.state_normalizer.apply(np.stack([o.state for o in observations]))
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
-    def chunk(self, actions: np.ndarray, observation: Observation) -> ActionChunk:
-        """Turn the sampler's output (T, A) in [-1, 1] into physical units, relative ones too."""
+    def chunk(self, actions: np.ndarray, observation: Observation,
+              prefix: Sequence = ()) -> ActionChunk:
+        """Turn the sampler's output (T, A) in [-1, 1] into physical units, relative ones too.
+
+        prefix: (n, A) the first steps, which stand as they were given.
+        """
         robot = self.robot
         values = self.config.action_normalizer.invert(actions[:, :robot.action_space.size])
-        for dimension, name in enumerate(self.config.relative_to):
-            if name:
-                values[:, dimension] += observation.state[robot.state_names.index(name)]
+        if self.config.relative_to:
+            values += self._origin(observation)
+        if len(prefix):
+            values[:len(prefix)] = prefix
         return ActionChunk(actions=values, stamp_ns=observation.stamp_ns,
                            period_s=robot.period_s, first_step=robot.first_step)
 
@@ -321,7 +362,7 @@ def read_robot(mapping) -> RobotSpec:
 
 def _parse_config(document) -> PolicyConfig:
     required = ['format', 'robot', 'action_normalizer', 'state_normalizer', 'encoder', 'dit']
-    optional = ['prompt', 'sampler', 'sampler_steps', 'relative_to', 'training']
+    optional = ['prompt', 'sampler', 'sampler_steps', 'relative_to', 'max_prefix', 'training']
     check_keys(document, required, optional, 'policy.yaml')
     if document['format'] != FORMAT:
         raise ValueError(f'format {document["format"]!r} is not supported, this version '

@@ -167,6 +167,11 @@ class Timeline:
         self._active: _Chunk | None = None
         self._ended = ''                     # why the epoch before this one ended
 
+    @property
+    def followed(self) -> TimedActions | None:
+        """Return the chunk that was followed last, of an ensemble the newest; None for none."""
+        return None if self._active is None else self._active.timed
+
     def begin_epoch(self, reason: str) -> int:
         """Forget every chunk, and those that are still being inferred; return the new epoch.
 

@@ -135,10 +135,13 @@ def run(config: TrainConfig, arguments: argparse.Namespace) -> dict:
     device = group.device
     data = decode(arguments.data, config, arguments.out / 'cache', arguments.workers)
     rows, _ = data.split(config.validation)
-    encoder_config = dataclasses.replace(config, loss='rf', steps=arguments.encoder_steps,
-                                         time_sampling='', guidance=1.0, condition_dropout=0.0)
-    encoder = Policy.load(train(encoder_config, data, arguments.out / 'encoder', group,
-                                weights_dtype=torch.float32), device=device)
+    trained = arguments.encoder
+    if not trained:
+        encoder_config = dataclasses.replace(config, loss='rf', steps=arguments.encoder_steps,
+                                             time_sampling='', guidance=1.0, condition_dropout=0.0)
+        trained = train(encoder_config, data, arguments.out / 'encoder', group,
+                        weights_dtype=torch.float32)
+    encoder = Policy.load(trained, device=device)
     trials = trials_of(arguments.recipes, arguments.seeds)
     configs = {f'{trial.recipe}/{trial.seed}': dataclasses.replace(
         config, seed=trial.seed, freeze='encoder', **RECIPES[trial.recipe].changes)
@@ -285,6 +288,8 @@ def _parse(argv) -> argparse.Namespace:
                         help='of each task and trial; 0 only trains (default 50)')
     parser.add_argument('--encoder-steps', type=int, default=2000,
                         help='steps of the encoder, which all recipes share')
+    parser.add_argument('--encoder', type=Path, metavar='CHECKPOINT',
+                        help='take the encoder of this checkpoint and train none')
     parser.add_argument('--views', type=int, default=6,
                         help='random shifts and colours in which each picture is stored')
     parser.add_argument('--camera-every', type=int, default=4,

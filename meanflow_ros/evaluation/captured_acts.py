@@ -10,6 +10,7 @@ import torch
 from meanflow_ros.core import meanflow
 from meanflow_ros.core.contract import ActionChunk, Observation, RobotSpec
 from meanflow_ros.core.policy import Policy
+from meanflow_ros.core.prefix import checked_prefix
 
 BATCH, WARM_UP = 32, 3
 
@@ -35,13 +36,17 @@ class CapturedActs:
         self._which = torch.zeros(BATCH, dtype=torch.int64, device=device)
         self._state = torch.zeros(BATCH, len(robot.state_names), device=device)
         self._noise = torch.zeros(BATCH, robot.horizon, network.dit.action_size, device=device)
+        self._known = ()
+        if policy.config.max_prefix:
+            self._known = (torch.zeros_like(self._noise), torch.zeros(
+                BATCH, robot.horizon, dtype=torch.bool, device=device))
         sampler = meanflow.SAMPLERS[policy.config.sampler]
 
         def act():
             pixels = network.encoder.preprocess(self._pictures)
             conditioning = network.condition(pixels, ids[self._which], mask[self._which],
                                              self._state if robot.state_names else None)
-            return sampler(network.velocity(conditioning), self._noise, steps=steps)
+            return sampler(network.velocity(conditioning, *self._known), self._noise, steps=steps)
 
         with torch.inference_mode():
             stream = torch.cuda.Stream()
@@ -60,16 +65,20 @@ class CapturedActs:
         return self._policy.robot
 
     @torch.inference_mode()
-    def __call__(self, observations: list[Observation],
-                 noise_seeds: list[int]) -> list[ActionChunk]:
-        """Return the chunk of each observation."""
+    def __call__(self, observations: list[Observation], noise_seeds: list[int],
+                 prefixes: Sequence[np.ndarray] = ()) -> list[ActionChunk]:
+        """Return the chunk of each observation, which continues its prefix."""
+        robot, longest = self.robot, self._policy.config.max_prefix
+        prefixes = [checked_prefix(prefix, robot, longest)
+                    for prefix in prefixes or [None] * len(observations)]
         chunks = []
         for start in range(0, len(observations), BATCH):
-            chunks += self._answer(observations[start:start + BATCH],
-                                   noise_seeds[start:start + BATCH])
+            own = slice(start, start + BATCH)
+            chunks += self._answer(observations[own], noise_seeds[own], prefixes[own])
         return chunks
 
-    def _answer(self, observations: list[Observation], seeds: list[int]) -> list[ActionChunk]:
+    def _answer(self, observations: list[Observation], seeds: list[int],
+                prefixes: list[np.ndarray]) -> list[ActionChunk]:
         policy, count = self._policy, len(observations)
         pictures = np.stack([[o.images[name] for name in policy.robot.camera_names]
                              for o in observations])
@@ -80,6 +89,10 @@ class CapturedActs:
                 np.stack([o.state for o in observations]))))
         self._noise[:count].copy_(torch.cat([policy.noise(o.stamp_ns, seed)
                                              for o, seed in zip(observations, seeds)]))
+        if self._known:
+            for held, value in zip(self._known, policy.known_steps(prefixes, observations)):
+                held[:count].copy_(value)
         self._graph.replay()
         actions = self._result[:count].double().cpu().numpy()
-        return [policy.chunk(row, o) for row, o in zip(actions, observations)]
+        return [policy.chunk(row, o, prefix)
+                for row, o, prefix in zip(actions, observations, prefixes)]

@@ -24,7 +24,7 @@ import numpy as np
 import meanflow_ros
 from meanflow_ros.core.contract import ActionChunk, Observation, RobotSpec
 from meanflow_ros.evaluation.episode_worker import (
-    EXPERT, Answer, Job, check_robot, policy_episode, slots)
+    EXPERT, Answer, Job, Question, check_robot, policy_episode, slots)
 from meanflow_ros.evaluation.episodes import EpisodeResult
 from meanflow_ros.sim.metaworld_robot import MetaWorldRobot
 from meanflow_ros.sim.tasks import TASKS, check_task
@@ -41,9 +41,9 @@ class ActBatch(Protocol):
 
     robot: RobotSpec
 
-    def __call__(self, observations: list[Observation],
-                 noise_seeds: list[int]) -> list[ActionChunk]:
-        """Return the chunk of each observation."""
+    def __call__(self, observations: list[Observation], noise_seeds: list[int],
+                 prefixes: Sequence[np.ndarray] = ()) -> list[ActionChunk]:
+        """Return the chunk of each observation, which continues its prefix (n, A), n from 0 on."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,23 @@ class PolicyActs:
         """Return the robot that the policy was trained for."""
         return self.policy.robot
 
-    def __call__(self, observations: list[Observation],
-                 noise_seeds: list[int]) -> list[ActionChunk]:
-        """Return the chunk of each observation."""
-        return self.policy.act_batch(observations, steps=self.steps, seeds=noise_seeds)
+    def __call__(self, observations: list[Observation], noise_seeds: list[int],
+                 prefixes: Sequence[np.ndarray] = ()) -> list[ActionChunk]:
+        """Return the chunk of each observation, which continues its prefix."""
+        return self.policy.act_batch(observations, steps=self.steps, seeds=noise_seeds,
+                                     prefixes=prefixes)
+
+
+def make_act(policy, steps: int = 0) -> ActBatch:
+    """Return what lets a `core.policy.Policy` answer: on a GPU by one CUDA graph.
+
+    steps: NFE, 0 for the checkpoint's own.
+    """
+    if policy.device.type != 'cuda':
+        return PolicyActs(policy, steps or None)
+    from meanflow_ros.evaluation.captured_acts import CapturedActs
+    return CapturedActs(policy, steps or policy.config.sampler_steps,
+                        sorted({task.instruction for task in TASKS.values()}))
 
 
 def run_episode(act: ActBatch, robot: MetaWorldRobot, job: Job, *,
@@ -70,10 +83,10 @@ def run_episode(act: ActBatch, robot: MetaWorldRobot, job: Job, *,
     check_robot(act.robot)
     episode = policy_episode(robot, act.robot, job, camera_every)
     try:
-        observation = next(episode)
+        question = next(episode)
         while True:
-            chunks, latency_ms = _timed(act, [observation], [job.noise_seed])
-            observation = episode.send(Answer(chunk=chunks[0], latency_ms=latency_ms))
+            chunks, latency_ms = _timed(act, [question], [job.noise_seed])
+            question = episode.send(Answer(chunk=chunks[0], latency_ms=latency_ms))
     except StopIteration as stop:
         return stop.value
 
@@ -94,7 +107,7 @@ def run_episodes(policies: Mapping[str, ActBatch], jobs: Sequence[Job], workers:
         return []
     results: list[EpisodeResult | None] = [None] * len(jobs)
     queue = _Queue(jobs)
-    waiting: dict[str, list[tuple[_Remote, Observation]]] = {name: [] for name in policies}
+    waiting: dict[str, list[tuple[_Remote, Question]]] = {name: [] for name in policies}
     specs = {name: act.robot for name, act in policies.items()}
     with _Pool(min(workers, len(jobs)), specs, camera_every) as pool:
         busy = 0
@@ -136,6 +149,8 @@ def _check(policies: Mapping[str, ActBatch], jobs: Sequence[Job], workers: int,
         check_robot(act.robot)
     for job in jobs:
         check_task(job.task)
+        if job.delay_steps < 0:
+            raise ValueError(f'delay_steps must be at least 0, got {job.delay_steps}')
         if job.policy not in policies and job.policy != EXPERT:
             raise ValueError(f'a job asks for the policy {job.policy!r}, there is '
                              f'{", ".join(policies) or "none"}')
@@ -146,15 +161,16 @@ def _check(policies: Mapping[str, ActBatch], jobs: Sequence[Job], workers: int,
             raise ValueError(f'the policy has no camera {unknown[0]!r} to blank')
 
 
-def _timed(act: ActBatch, observations: list[Observation],
+def _timed(act: ActBatch, questions: list[Question],
            noise_seeds: list[int]) -> tuple[list[ActionChunk], float]:
     start = time.perf_counter()
-    chunks = act(observations, noise_seeds)
+    chunks = act([question.observation for question in questions], noise_seeds,
+                 [question.prefix for question in questions])
     return chunks, (time.perf_counter() - start) * 1e3
 
 
-def _answer(act: ActBatch, batch: list[tuple[_Remote, Observation]]) -> None:
-    chunks, latency_ms = _timed(act, [observation for _, observation in batch],
+def _answer(act: ActBatch, batch: list[tuple[_Remote, Question]]) -> None:
+    chunks, latency_ms = _timed(act, [question for _, question in batch],
                                 [remote.job.noise_seed for remote, _ in batch])
     for (remote, _), chunk in zip(batch, chunks, strict=True):
         remote.send((chunk.actions, chunk.stamp_ns, chunk.period_s, chunk.first_step, latency_ms))
@@ -225,7 +241,7 @@ class _Remote:
         except ConnectionError:
             raise self._died() from None
 
-    def receive(self) -> EpisodeResult | Observation:
+    def receive(self) -> EpisodeResult | Question:
         """Return what the worker says; RuntimeError if its episode failed, or it died."""
         try:
             message = self.connection.recv()
@@ -235,11 +251,11 @@ class _Remote:
             raise RuntimeError(f'{self._episode()} failed: {message}')
         if isinstance(message, EpisodeResult):
             return message
-        stamp_ns, state = message
+        stamp_ns, state, prefix = message
         spec = self._specs[self.job.policy]
-        return Observation(
+        return Question(prefix=prefix, observation=Observation(
             stamp_ns=stamp_ns, state=state, instruction=self.job.instruction,
-            images=dict(zip(spec.camera_names, slots(self._pictures, spec))))
+            images=dict(zip(spec.camera_names, slots(self._pictures, spec)))))
 
     def _episode(self) -> str:
         return ('the start of a worker' if self.job is None

@@ -1,13 +1,12 @@
 """A simulated robot in a process of its own, whose policy answers from the parent process.
 
-Messages -> Ingest -> Observation -> (parent: policy) -> ActionChunk -> Guard -> Timeline ->
-command, with the ingest, guard and timeline of the node. Torch is not imported here: a machine
+Messages -> Ingest -> Observation -> (parent: policy) -> ActionChunk -> Execution -> command, with
+the ingest, guard and timeline of the node. Torch is not imported here: a machine
 holds more workers than cores.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import sys
 import traceback
@@ -18,9 +17,9 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from meanflow_ros.core.contract import ActionChunk, Observation, RobotSpec
-from meanflow_ros.core.guard import Guard, Rejected
-from meanflow_ros.core.timeline import Timeline
 from meanflow_ros.evaluation.episodes import EpisodeResult
+from meanflow_ros.evaluation.execution import Execution
+from meanflow_ros.evaluation.smoothness import Recorder
 from meanflow_ros.ros.ingest import Ingest
 from meanflow_ros.sim import messages
 from meanflow_ros.sim.metaworld_robot import ACTION_SPACE, MAX_STEPS, PERIOD_S, MetaWorldRobot
@@ -39,7 +38,8 @@ class Job:
 
     policy: key of the policy, or EXPERT. noise_seed: of its sampler. blank_cameras: cameras
     whose pictures are replaced by plain grey, to see whether the policy looks. max_steps: control
-    steps after which the episode has failed.
+    steps after which the episode has failed. execution, delay_steps: how chunks are followed and
+    how late they come, see `Execution`. smoothness: whether the result says how smooth it was.
     """
 
     policy: str
@@ -49,6 +49,17 @@ class Job:
     noise_seed: int = 0
     blank_cameras: tuple[str, ...] = ()
     max_steps: int = MAX_STEPS
+    execution: str = 'receding_horizon'
+    delay_steps: int = 0
+    smoothness: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """An observation, and the first steps (n, A) of its chunk where they are known."""
+
+    observation: Observation
+    prefix: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,26 +91,33 @@ def robot_for(spec: RobotSpec) -> MetaWorldRobot:
 
 
 def policy_episode(robot: MetaWorldRobot, spec: RobotSpec, job: Job,
-                   camera_every: int) -> Generator[Observation, Answer, EpisodeResult]:
-    """Run an episode; yields each observation and takes the answer to it.
+                   camera_every: int) -> Generator[Question, Answer, EpisodeResult]:
+    """Run an episode; yields each question and takes the answer to it.
 
-    The simulated clock stands still meanwhile. A picture comes every `camera_every` steps.
+    The simulated clock stands still meanwhile, and `job.delay_steps` says when the answer counts.
+    A picture comes every `camera_every` steps.
     """
     robot.reset(job.task, job.seed)
-    ingest, guard, timeline = Ingest(spec), Guard(spec), Timeline(period_ns=_STEP_NS)
+    ingest, recorder = Ingest(spec), Recorder(ACTION_SPACE, PERIOD_S,
+                                                                 spec.horizon)
+    execution = Execution(spec, job.execution, delay_steps=job.delay_steps,
+                          picture_ns=camera_every * _STEP_NS)
     ingest.set_instruction(job.instruction)
     command, starved, step, latencies_ms = np.zeros(ACTION_SPACE.size), 0, 0, []
     while True:
         now_ns = _START_NS + step * _STEP_NS
-        if step % camera_every == 0:
+        execution.receive(now_ns)
+        if step % camera_every == 0 and execution.wants_chunk(now_ns):
             _sense(robot, spec, ingest, now_ns, job.blank_cameras)
-            answer = yield ingest.observe(now_ns=now_ns)
+            observation = ingest.observe(now_ns=now_ns)
+            answer = yield Question(observation=observation, prefix=execution.ask(observation))
             latencies_ms.append(answer.latency_ms)
-            with contextlib.suppress(Rejected):
-                timeline.add(guard.check(answer.chunk, now_ns=now_ns).timed)
-        due = timeline.at(now_ns)
+            execution.answer(answer.chunk, now_ns)
+        due = execution.timeline.at(now_ns)
         starved += due is None
         command = ACTION_SPACE.at_rest(command) if due is None else due
+        followed = execution.timeline.followed
+        recorder.note(command, followed and followed.stamp_ns, now_ns, execution.planned(now_ns))
         result = robot.step(command)
         step += 1
         if result.success or step == job.max_steps:
@@ -107,9 +125,11 @@ def policy_episode(robot: MetaWorldRobot, spec: RobotSpec, job: Job,
     p50, p99 = np.percentile(latencies_ms, [50, 99])
     return EpisodeResult(
         task=job.task, seed=job.seed, instruction=job.instruction, success=result.success,
-        steps=step, starved_steps=starved, chunks=len(latencies_ms) - guard.rejections.total(),
+        steps=step, starved_steps=starved,
+        chunks=len(latencies_ms) - execution.guard.rejections.total(),
         latency_p50_ms=float(p50), latency_p99_ms=float(p99),
-        mode=result.mode if result.success else '')
+        mode=result.mode if result.success else '', execution=job.execution,
+        delay_steps=job.delay_steps, smoothness=recorder.result() if job.smoothness else None)
 
 
 def _sense(robot: MetaWorldRobot, spec: RobotSpec, ingest: Ingest, now_ns: int,
@@ -174,9 +194,9 @@ class Worker:
         robot = self._robot(spec.cameras[0].width, spec.cameras[0].height)
         episode = policy_episode(robot, spec, job, camera_every)
         try:
-            observation = next(episode)
+            question = next(episode)
             while True:
-                observation = episode.send(self._ask(spec, observation))
+                question = episode.send(self._ask(spec, question))
         except StopIteration as stop:
             return stop.value
 
@@ -185,10 +205,11 @@ class Worker:
             self._robots[width, height] = MetaWorldRobot(image_width=width, image_height=height)
         return self._robots[width, height]
 
-    def _ask(self, spec: RobotSpec, observation: Observation) -> Answer:
+    def _ask(self, spec: RobotSpec, question: Question) -> Answer:
+        observation = question.observation
         for slot, name in zip(slots(self._pictures, spec), spec.camera_names):
             slot[:] = observation.images[name]
-        self._parent.send((observation.stamp_ns, observation.state))
+        self._parent.send((observation.stamp_ns, observation.state, question.prefix))
         actions, stamp_ns, period_s, first_step, latency_ms = self._parent.recv()
         return Answer(latency_ms=latency_ms, chunk=ActionChunk(
             actions=actions, stamp_ns=stamp_ns, period_s=period_s, first_step=first_step))

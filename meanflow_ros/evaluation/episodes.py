@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meanflow_ros.evaluation.smoothness import Smoothness
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeResult:
@@ -14,6 +16,8 @@ class EpisodeResult:
 
     starved_steps: control steps without a due action. Latencies are those of the network, ms;
     nan where no chunk was made. mode: how a success was done, where the task leaves it open.
+    execution, delay_steps: how chunks were followed and how late they came. smoothness: of the
+    commands, where that was asked for.
     """
 
     task: str
@@ -26,6 +30,9 @@ class EpisodeResult:
     latency_p50_ms: float
     latency_p99_ms: float
     mode: str = ''
+    execution: str = 'receding_horizon'
+    delay_steps: int = 0
+    smoothness: Smoothness | None = None
 
 
 def success_interval(successes: int, total: int) -> tuple[float, float]:

@@ -16,12 +16,16 @@ import torch
 from tqdm import tqdm
 
 from meanflow_ros.core.policy import Policy
+from meanflow_ros.evaluation.delays import cells_of, rows_of, table
 from meanflow_ros.evaluation.episodes import EpisodeResult, print_summary, summarize
+from meanflow_ros.evaluation.execution import EXECUTIONS
 from meanflow_ros.evaluation.replay import command as replay
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.sim.metaworld_robot import EVALUATION_SEED_START, PERIOD_S
 from meanflow_ros.sim.scene import CAMERAS
 from meanflow_ros.sim.tasks import GROUPS, OPPOSITE, TASKS, expand_tasks
+
+EXECUTION = 'receding_horizon'   # the node's default
 
 
 def instruction_of(task: str) -> str:
@@ -46,31 +50,40 @@ def _through_the_node(arguments: argparse.Namespace, checkpoint: Path, jobs,
 
 def _without_ros(arguments: argparse.Namespace, checkpoint: Path, jobs,
                  progress: Callable[[EpisodeResult], None]) -> list[EpisodeResult]:
-    """Return the result of each job: many robots, one policy, and its guard and timeline."""
-    from meanflow_ros.evaluation.closed_loop import Job, PolicyActs, run_episodes
+    """Return the result of each job: many robots, one policy, and its guard and timeline.
+
+    With several ways to follow chunks, of each job in each of them.
+    """
+    from meanflow_ros.evaluation.closed_loop import Job, make_act, run_episodes
     device = arguments.device
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    act = PolicyActs(Policy.load(checkpoint, device=device), arguments.sampler_steps or None)
+    policy = Policy.load(checkpoint, device=device)
+    cells = cells_of(arguments.execution, arguments.delay_steps, policy.robot,
+                     policy.config.max_prefix)
     jobs = [Job(policy='policy', task=task, seed=seed, instruction=instruction,
-                noise_seed=arguments.seed, blank_cameras=tuple(arguments.blank_camera))
-            for task, seed, instruction in jobs]
-    return run_episodes({'policy': act}, jobs, arguments.workers,
-                        progress=lambda _, result: progress(result),
+                noise_seed=arguments.seed + seed - EVALUATION_SEED_START,
+                blank_cameras=tuple(arguments.blank_camera), execution=cell.execution,
+                delay_steps=cell.delay_steps, smoothness=True)
+            for task, seed, instruction in jobs for cell in cells]
+    return run_episodes({'policy': make_act(policy, arguments.sampler_steps)}, jobs,
+                        arguments.workers, progress=lambda _, result: progress(result),
                         camera_every=max(1, round(arguments.camera_period / PERIOD_S)))
 
 
 def _write_report(arguments: argparse.Namespace, checkpoint: Path,
                   results: list[EpisodeResult]) -> None:
     """Write report.html, with videos of episodes that are run again in this process."""
-    from meanflow_ros.evaluation.closed_loop import Job, PolicyActs
+    from meanflow_ros.evaluation.closed_loop import Job, make_act
     from meanflow_ros.evaluation.sim_report import write_sim_report
     arguments.report.parent.mkdir(parents=True, exist_ok=True)
     write_sim_report(
         arguments.report, results, lambda result: Job(
-            policy='policy', task=result.task, seed=result.seed, noise_seed=arguments.seed,
-            instruction=result.instruction, blank_cameras=tuple(arguments.blank_camera)),
-        PolicyActs(Policy.load(checkpoint), arguments.sampler_steps or None),
+            policy='policy', task=result.task, seed=result.seed,
+            noise_seed=arguments.seed + result.seed - EVALUATION_SEED_START,
+            instruction=result.instruction, blank_cameras=tuple(arguments.blank_camera),
+            execution=arguments.execution[0], delay_steps=arguments.delay_steps[0]),
+        make_act(Policy.load(checkpoint), arguments.sampler_steps),
         checkpoint=str(checkpoint), videos=arguments.videos,
         camera_every=max(1, round(arguments.camera_period / PERIOD_S)),
         settings={'in_process': arguments.in_process, 'sampler_steps': arguments.sampler_steps,
@@ -87,8 +100,9 @@ def evaluate_sim(arguments: argparse.Namespace) -> int:
     jobs = [(task, EVALUATION_SEED_START + number, instruction_of(told.get(task, task)))
             for number in range(arguments.episodes) for task in arguments.tasks]
     run = _without_ros if arguments.in_process else _through_the_node
+    several = len(arguments.execution) * len(arguments.delay_steps)
     successes = 0
-    with tqdm(total=len(jobs), desc='episodes', file=sys.stderr) as bar:
+    with tqdm(total=several * len(jobs), desc='episodes', file=sys.stderr) as bar:
         def progress(result: EpisodeResult) -> None:
             nonlocal successes
             successes += result.success
@@ -97,7 +111,12 @@ def evaluate_sim(arguments: argparse.Namespace) -> int:
 
         results = run(arguments, checkpoint, jobs, progress)
     summary = summarize(results)
-    print_summary(summary)
+    rows = rows_of(results) if arguments.in_process else []
+    if several == 1:
+        print_summary(summary)
+    if several > 1 or arguments.in_process and (rows[0]['execution'], rows[0]['delay_steps']) \
+            != (EXECUTION, 0):
+        print(table(rows))
     if arguments.report:
         _write_report(arguments, checkpoint, results)
     if arguments.out:
@@ -106,8 +125,11 @@ def evaluate_sim(arguments: argparse.Namespace) -> int:
             'sampler_steps': arguments.sampler_steps, 'camera_period_s': arguments.camera_period,
             'swap_instructions': arguments.swap_instructions,
             'blank_cameras': arguments.blank_camera, 'machine': platform.processor(),
-            'torch': torch.__version__, 'summary': summary,
-            'episodes': [asdict(result) for result in results]}
+            'torch': torch.__version__, 'rows': rows}
+        if several == 1:
+            document |= {'summary': summary, 'episodes': [
+                {name: value for name, value in asdict(result).items() if name != 'smoothness'}
+                for result in results]}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(document, indent=1) + '\n')
         print(f'written to {arguments.out}')
@@ -146,6 +168,12 @@ def _parse(argv) -> argparse.Namespace:
     sim.add_argument('--blank-camera', action='append', choices=CAMERAS, default=[],
                      metavar='NAME', help='show grey in place of this camera, to see that the '
                      'policy looks; with --in-process')
+    sim.add_argument('--execution', nargs='+', default=[EXECUTION], metavar='MODE',
+                     help=f'how chunks are followed, with --in-process: {EXECUTIONS} '
+                     f'(default {EXECUTION})')
+    sim.add_argument('--delay-steps', nargs='+', type=int, default=[0], metavar='N',
+                     help='control steps of 25 ms from a picture to its chunk, with --in-process '
+                     '(default 0); of several modes and delays every pair is run')
     sim.add_argument('--out', type=Path, help='JSON file for every episode and the summary')
     sim.add_argument('--report', type=Path, metavar='HTML', help='report.html to look at, with '
                      'videos of episodes that are run again without ROS')
@@ -154,10 +182,16 @@ def _parse(argv) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.command == 'replay':
         return arguments
+    if arguments.report and len(arguments.execution) * len(arguments.delay_steps) > 1:
+        parser.error('--report shows one mode and one delay')
     if arguments.episodes < 1:
         parser.error(f'--episodes must be at least 1, got {arguments.episodes}')
     if arguments.blank_camera and not arguments.in_process:
         parser.error('--blank-camera needs --in-process')
+    if not arguments.in_process and (arguments.execution, arguments.delay_steps) != (
+            [EXECUTION], [0]):
+        parser.error('--execution and --delay-steps need --in-process; of a node, `execution` is '
+                     'a parameter')
     arguments.tasks = list(expand_tasks(arguments.tasks))
     if arguments.swap_instructions:
         unpaired = [task for task in arguments.tasks if task not in OPPOSITE]

@@ -53,7 +53,8 @@ def write_sim_report(path: Path, results: Sequence[EpisodeResult], job_of: Calla
     summary, media = summarize(list(results)), Media()
     shown = _shown(results, videos)
     document = {'checkpoint': checkpoint, 'summary': summary, 'settings': settings,
-                'episodes': [asdict(result) for result in results],
+                'episodes': [{name: value for name, value in asdict(result).items()
+                              if name != 'smoothness'} for result in results],
                 'verdict': verdict(results), 'environment': environment()}
     for row in document['episodes']:
         for key in ('latency_p50_ms', 'latency_p99_ms'):

@@ -14,7 +14,7 @@ import numpy as np
 
 from meanflow_ros.core.contract import (
     ActionChunk, RobotSpec, SafeChunk, SafeCommand, TimedActions)
-from meanflow_ros.core.guard import Guard
+from meanflow_ros.core.guard import Guard, Rejected
 from meanflow_ros.core.timeline import Mode, Prefix, StopAlongPath, Timeline
 from meanflow_ros.ros.motion_config import HOLD, NEUTRAL, MotionConfig, measured_names
 
@@ -22,6 +22,9 @@ NANOSECONDS = 1_000_000_000
 NO_CHUNK, NO_SUBSCRIBER = 'no chunk', 'no subscriber'
 REST_S = 1.0         # a stream goes on this long after the robot has come to rest
 _SUBSCRIBERS_S = 0.1
+_ASTRAY = 0.05          # share of its range by which a joint may lag, without first_step
+_LAG_S = 0.2            # by which a joint and its state follow late, at its largest velocity
+_ASTRAY_S = 2.0         # so long it must stay there before it begins anew from there
 _STANDING_PERIODS = 6   # without a command, after which a robot stands: then a stream may begin
 
 
@@ -46,11 +49,15 @@ class Motion:
         self._measured = {name: robot.action_space.dimensions.index(name)
                           for name in measured_names(robot)}
         self._felt = np.full(robot.action_space.size, np.nan)
+        space = robot.action_space
+        self._astray = np.array([config.first_step.get(name, span) for name, span in zip(
+            space.dimensions, _ASTRAY * (space.upper - space.lower))])
         self._accepted_ns: int | None = None      # of the newest chunk; None: nothing to follow
         self._target: np.ndarray | None = None    # last action that was due
         self._stop = None                         # gives the command (A,) at a time of the stop
         self._streaming = False
         self._silenced_ns: int | None = None
+        self._astray_ns: int | None = None
         self._rest_ns: int | None = None
         self._looked_ns = 0
 
@@ -79,6 +86,7 @@ class Motion:
         if self._is_coming_to_rest(now_ns):
             self.timeline.discarded['silenced'] += 1
             return None
+        self._require_followed(now_ns)
         start = None if not self._measured else self._start_of(chunk)
         safe = self.guard.check(chunk, now_ns=now_ns, state=state, start=start)
         if not self._somebody_listens(now_ns):
@@ -153,7 +161,67 @@ class Motion:
         return np.where(np.isnan(self._felt), first, self._felt)
 
     def _send_chunk(self, output, safe: SafeChunk, now_ns: int) -> None:
-        output.send_chunk(safe, now_ns, self.guard.limits.velocity)
+        """Send what lies ahead, on a way within the limits from where the controller will be.
+
+        Until `lead_s` from now it goes on as it was told before, so that it does not matter when
+        within that time the new trajectory reaches it. A step nearer than half a period after
+        that is left out: the way to it would be steep for nothing.
+        """
+        begin_ns = now_ns + round(output.config.lead_s * NANOSECONDS)
+        start = self._set_point(output, begin_ns)
+        ahead = output.ahead(safe.timed, begin_ns, self.robot.period_s / 2)
+        if start is not None and ahead is not None:
+            whole = np.full((2, self.robot.action_space.size), np.nan)
+            whole[:, output.columns] = start
+            safe = self.guard.check_plan(ahead, start=(begin_ns, *whole))
+        output.send_chunk(safe, now_ns, self.guard.limits.velocity, start)
+
+    def _require_followed(self, now_ns: int) -> None:
+        """Rejected while a joint is measured far from where its controller was sent.
+
+        Either it does not follow or its state is wrong. If it stays there, that is where it is.
+        """
+        for output in self.outputs:
+            told = None if output.streams else output.set_point(now_ns)
+            if told is None:
+                continue
+            away = np.abs(self._felt[output.columns] - told[0])
+            worst = int(np.argmax(np.nan_to_num(away / self._tolerance(output))))
+            if not away[worst] > self._tolerance(output)[worst]:
+                continue
+            if self._astray_ns is None or now_ns < self._astray_ns:
+                self._astray_ns = now_ns
+            if not self._stays_astray(now_ns):
+                self.guard.interventions['astray'] += 1
+                raise Rejected('astray', f'{output.config.dimensions[worst]!r} is '
+                                         f'{away[worst]:.4g} away from where it was sent')
+            return
+        self._astray_ns = None
+
+    def _tolerance(self, output) -> np.ndarray:
+        """Return how far (D,) a joint may be from its set-point: it and its state lag behind."""
+        columns = output.columns
+        return self._astray[columns] + _LAG_S * self.guard.limits.velocity[columns]
+
+    def _stays_astray(self, now_ns: int) -> bool:
+        return (self._astray_ns is not None
+                and now_ns - self._astray_ns >= _ASTRAY_S * NANOSECONDS)
+
+    def _set_point(self, output, now_ns: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return position and velocity (D,) of a controller of trajectories; None if unknown.
+
+        They are those of the last trajectory; a joint that has long been measured too far from
+        there counts as standing where it is.
+        """
+        columns, limits = output.columns, self.guard.limits
+        felt, told = self._felt[columns], output.set_point(now_ns)
+        if told is None and np.isnan(felt).any():
+            return None
+        position, velocity = (felt, np.zeros(len(felt))) if told is None else told
+        astray = (np.abs(felt - position) > self._tolerance(output)) & self._stays_astray(now_ns)
+        position = np.clip(np.where(astray, felt, position),
+                           limits.lower[columns], limits.upper[columns])
+        return position, np.where(astray, 0.0, velocity)
 
     def _begin_stream(self, safe: SafeChunk) -> None:
         space = self.robot.action_space

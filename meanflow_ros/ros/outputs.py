@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import deque
 
 import numpy as np
 from geometry_msgs.msg import TwistStamped
 from std_msgs.msg import Bool, Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from meanflow_ros.core.contract import ActionSpace, SafeChunk, SafeCommand
+from meanflow_ros.core.contract import ActionSpace, SafeChunk, SafeCommand, TimedActions
 from meanflow_ros.ros import to_messages
 from meanflow_ros.ros.motion_config import (
     AUTO, ZERO, ForwardCommandOutput, GripperOutput, JointJogOutput, JointTrajectoryOutput,
@@ -32,12 +33,12 @@ class Output:
     def __init__(self, node, config, space: ActionSpace):
         self.config = config
         self.streams = config.streams
-        self._columns = [space.dimensions.index(name) for name in config.dimensions]
+        self.columns = [space.dimensions.index(name) for name in config.dimensions]
         self.publisher = node.create_publisher(self.message_type, config.topic, 10)
 
     def send_command(self, command: SafeCommand) -> None:
         """Publish one command of a stream."""
-        self.publisher.publish(self.message(command.values[self._columns], command.stamp_ns))
+        self.publisher.publish(self.message(command.values[self.columns], command.stamp_ns))
 
     def message(self, values: np.ndarray, stamp_ns: int):
         """Return the message for these values of its dimensions."""
@@ -100,33 +101,66 @@ class _Gripper(Output):
 class _JointTrajectory(Output):
     message_type = JointTrajectory
 
-    def send_chunk(self, safe: SafeChunk, now_ns: int, max_velocity: np.ndarray) -> None:
-        """Publish the points that lie far enough ahead, if there are any."""
-        message = self.trajectory(safe, now_ns, max_velocity)
-        if message is not None:
-            self.publisher.publish(message)
+    def __init__(self, node, config, space):
+        super().__init__(node, config, space)
+        self._told = deque(maxlen=8)    # times (ns), positions and velocities of trajectories
 
-    def trajectory(self, safe: SafeChunk, now_ns: int,
-                   max_velocity: np.ndarray) -> JointTrajectory | None:
-        """Return the chunk as a trajectory that starts after now, None if nothing is left.
+    def ahead(self, timed: TimedActions, begin_ns: int, after_s: float) -> TimedActions | None:
+        """Return the steps that are due more than `after_s` after a time; None if none is."""
+        ahead = timed.due_ns > begin_ns + round(after_s * 1e9)
+        return TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns[ahead],
+                            actions=timed.actions[ahead]) if ahead.any() else None
 
-        max_velocity: (A,), kept between the points too.
+    def set_point(self, now_ns: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return where the controller is that follows what it was told, and how fast, (D,).
+
+        A trajectory replaces the one before from its first point on. None before the first one,
+        and earlier than `lead_s` before the newest: the clock has jumped back.
         """
-        timed = safe.timed
-        ahead = timed.due_ns > now_ns + round(self.config.lead_s * 1e9)
-        positions = timed.actions[ahead][:, self._columns]
-        if not len(positions):
+        lead_ns = round(self.config.lead_s * 1e9)
+        if not self._told or now_ns < self._told[-1][0][0] - lead_ns:
             return None
+        begun = [told for told in self._told if told[0][0] <= now_ns]
+        if not begun:
+            return self._told[0][1][0], np.zeros(len(self.columns))
+        times_ns, positions, velocities = begun[-1]
+        after = int(np.searchsorted(times_ns, now_ns, side='right'))
+        if after == len(times_ns):
+            return positions[-1], np.zeros(positions.shape[1])
+        gap_s = (times_ns[after] - times_ns[after - 1]) / 1e9
+        share = (now_ns - times_ns[after - 1]) / 1e9 / gap_s
+        (p0, p1), (v0, v1) = positions[after - 1:after + 1], velocities[after - 1:after + 1]
+        square = 3 * (p1 - p0) - gap_s * (2 * v0 + v1)
+        cube = -2 * (p1 - p0) + gap_s * (v0 + v1)
+        return (p0 + gap_s * v0 * share + square * share**2 + cube * share**3,
+                v0 + (2 * square * share + 3 * cube * share**2) / gap_s)
+
+    def send_chunk(self, safe: SafeChunk, now_ns: int, max_velocity: np.ndarray,
+                   start: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """Publish the points that lie `lead_s` ahead, if there are any.
+
+        max_velocity: (A,), kept between the points too. start: position and velocity (D,) of the
+        controller at that time, if they are known: they are the first point.
+        """
+        begin_ns = now_ns + round(self.config.lead_s * 1e9)
+        timed = self.ahead(safe.timed, begin_ns, 0.0)
+        if timed is None:
+            return
+        due_ns, positions = timed.due_ns, timed.actions[:, self.columns]
+        if start is not None:
+            due_ns, positions = np.append(begin_ns, due_ns), np.vstack([start[0], positions])
         due_ns, velocities = with_velocities(
-            timed.due_ns[ahead], positions, max_velocity[self._columns],
-            to_rest=ends_at_rest(self.config.end_velocity))
+            due_ns, positions, max_velocity[self.columns],
+            to_rest=ends_at_rest(self.config.end_velocity),
+            begin=None if start is None else start[1])
+        self._told.append((due_ns, positions, velocities))
         message = JointTrajectory(joint_names=list(self.config.joints or self.config.dimensions))
         message.header.stamp = to_messages.time(now_ns)
         message.points = [
             JointTrajectoryPoint(positions=position.tolist(), velocities=velocity.tolist(),
                                  time_from_start=to_messages.duration(int(due) - now_ns))
             for due, position, velocity in zip(due_ns, positions, velocities)]
-        return message
+        self.publisher.publish(message)
 
 
 def ends_at_rest(end_velocity: str) -> bool:
@@ -141,13 +175,15 @@ def ends_at_rest(end_velocity: str) -> bool:
 
 
 def with_velocities(due_ns: np.ndarray, positions: np.ndarray, max_velocity: np.ndarray, *,
-                    to_rest: bool) -> tuple[np.ndarray, np.ndarray]:
+                    to_rest: bool, begin: np.ndarray | None = None,
+                    ) -> tuple[np.ndarray, np.ndarray]:
     """Return due times (N,) and velocities (N, D) for a controller that joins points by cubics.
 
     The velocities are harmonic means of the neighbouring slopes, 0 where the direction changes
     (Fritsch and Butland 1984): between two points a cubic stays between them, so no position
     limit is left. A cubic is faster than the line between its points: the last segment takes half
     as long again if it comes to rest, and all times stretch where a velocity limit asks for it.
+    begin: the velocity (D,) at the first point, where it is known.
     """
     gaps_s = np.diff(due_ns) / 1e9
     velocities = np.zeros(positions.shape)
@@ -158,7 +194,8 @@ def with_velocities(due_ns: np.ndarray, positions: np.ndarray, max_velocity: np.
         before, after = slopes[:-1], slopes[1:]
         with np.errstate(invalid='ignore', divide='ignore'):
             velocities[1:-1] = np.where(before * after > 0, 2 / (1 / before + 1 / after), 0.0)
-        velocities[0], velocities[-1] = slopes[0], 0.0 if to_rest else slopes[-1]
+        velocities[0] = slopes[0] if begin is None else begin
+        velocities[-1] = 0.0 if to_rest else slopes[-1]
         factor = max(1.0, (_peak(velocities[:-1], velocities[1:], slopes) / max_velocity).max())
         gaps_s, velocities = gaps_s * factor, velocities / factor
     since_s = np.concatenate([[0.0], np.cumsum(gaps_s)])

@@ -2,7 +2,7 @@
 
 One bag per task and worker. The executed command is the expert's plus noise that comes and
 goes, so that states off the path are seen; the recorded `action` is the expert's clean command
-at that state, due at its stamp.
+at that state, due at its stamp, and `executed` is what the robot was told.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ class _Writer:
         for topic, message in messages.sensed(recorded, observed, stamp_ns):
             self._bag.write(topic, message, stamp_ns)
 
-    def action(self, command: np.ndarray, stamp_ns: int) -> None:
+    def action(self, topic: str, command: np.ndarray, stamp_ns: int) -> None:
         none = np.zeros(0)
         point = recorded(
             'trajectory_msgs/JointTrajectoryPoint', positions=command, velocities=none,
             accelerations=none, effort=none,
             time_from_start=recorded('builtin_interfaces/Duration', sec=0, nanosec=0))
-        self._bag.write('action', recorded(
+        self._bag.write(topic, recorded(
             'trajectory_msgs/JointTrajectory', header=messages.header(recorded, stamp_ns, ''),
             joint_names=list(ACTION_SPACE.dimensions), points=[point]), stamp_ns)
 
@@ -122,9 +122,12 @@ def _record_episode(robot: MetaWorldRobot, writer: _Writer, shard: _Shard, task:
         cameras = CAMERAS if steps % shard.camera_every == 0 else ()
         command = robot.expert_action()
         writer.observation(robot.observe(cameras), stamp_ns)
-        writer.action(command, stamp_ns)
+        writer.action('action', command, stamp_ns)
         holds = kind.steady_grasp and command[-1] > 0
-        result = robot.step(command + (0.0 if holds else next(disturbance)))
+        command = np.clip(command + (0.0 if holds else next(disturbance)), ACTION_SPACE.lower,
+                          ACTION_SPACE.upper)
+        writer.action('executed', command, stamp_ns)
+        result = robot.step(command)
         steps += 1
         stamp_ns += PERIOD_NS
         reward += result.reward
@@ -244,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description='Record demonstrations of scripted Meta-World experts into rosbag2.',
         epilog=f'Topics: camera/{{{",".join(CAMERAS)}}}/image_raw, joint_states, tool_pose, '
-               f'instruction, action, episode. A 224 pixel episode takes a few MB.',
+               f'instruction, action, executed, episode. A 224 pixel episode takes a few MB.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('path', type=Path, help='directory for the bags; created if missing')
     parser.add_argument('--tasks', nargs='+', default=['all'], choices=[*TASKS, *GROUPS],

@@ -2,7 +2,7 @@
 
 Neither picture nor instruction tells which mode a demonstration takes. With M modes every layout
 belongs to M seeds in a row and is shown once in each mode, in random order, so that what is seen
-never tells the mode. Between the modes lies what ends the attempt: a wall, or a slot.
+never tells the mode. Between the modes lies what ends the attempt: a wall, a block, or a slot.
 
 With two modes any command in between has the same absolute error, and only the tails and the
 network decide where a regression ends. With three modes around the start the median of every
@@ -113,52 +113,88 @@ class _ManyModes(SawyerXYZEnv):
         return np.array([*offset / max(0.05, np.abs(offset).max()), _CLOSED])
 
 
-class PassWall(_ManyModes):
-    """Touch the ball behind a wall; touching the wall fails. It is too tall to go over."""
+class _PassBy(_ManyModes):
+    """Touch a ball behind an obstacle; touching the obstacle fails.
 
-    modes = {'left': (-1.0, 0.0), 'right': (1.0, 0.0)}   # as the robot sees them
-    hand_start = (0.0, 0.59, 0.12)
-    layout_low, layout_high = (-0.01, -0.05, 0.85), (0.01, 0.05, 0.88)   # wall x, ball x, y
-    _WALL = np.array([0.025, 0.01, 0.2])   # half sizes
-    _WALL_Y = 0.73
+    The hand goes along one axis of the table and passes the obstacle on either side, across.
+    layout: where the obstacle is across, and where the ball is across and along. across: 0 for x,
+    1 for y.
+    """
+
+    across: int
+    _HALF: np.ndarray        # half sizes of the obstacle: across, along, up
+    _AT: float               # of its middle, along
+    _COLOUR: tuple[float, float, float, float]
     _BALL_RADIUS = 0.035
-    _ASIDE = 0.16   # of the wall's middle, where the hand passes
-    _PAST_Y = 0.81
+    _ASIDE = 0.16   # of the obstacle's middle, where the hand passes
+    _PAST = 0.08    # of the obstacle's middle, where the hand may turn to the ball
+    _BALL_HEIGHT = 0.08
+
+    def _placed(self, across: float, along: float, height: float) -> np.ndarray:
+        return np.array([across, along, height] if self.across == 0 else [along, across, height])
 
     def _furnish(self, world) -> None:
-        wall = world.add_body(name='wall', pos=[0.0, self._WALL_Y, self._WALL[2]])
-        wall.add_geom(name='wall', type=mujoco.mjtGeom.mjGEOM_BOX, size=self._WALL,
-                      rgba=[0.75, 0.35, 0.2, 1.0], **_SOLID)
-        ball = world.add_body(name='ball', pos=[0.0, 0.9, 0.08])
+        wall = world.add_body(name='wall', pos=self._placed(0.0, self._AT, self._HALF[2]))
+        wall.add_geom(name='wall', type=mujoco.mjtGeom.mjGEOM_BOX,
+                      size=self._placed(*self._HALF), rgba=self._COLOUR, **_SOLID)
+        ball = world.add_body(name='ball', pos=[0.0, 0.9, self._BALL_HEIGHT])
         ball.add_geom(name='ball', type=mujoco.mjtGeom.mjGEOM_SPHERE,
                       size=[self._BALL_RADIUS, 0.0, 0.0], rgba=[0.1, 0.3, 0.9, 1.0], **_SOLID)
         ball.add_geom(type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[0.008, 0.04, 0.0],
                       pos=[0.0, 0.0, -0.04], rgba=[0.3, 0.3, 0.3, 1.0], **_SOLID)
 
     def _arrange(self, layout: np.ndarray) -> None:
-        self._wall_x = layout[0]
-        self._target_pos = np.array([layout[1], layout[2], 0.08])
-        self.model.body('wall').pos[0] = self._wall_x
+        self._wall = layout[0]
+        self._target_pos = self._placed(*layout[1:], self._BALL_HEIGHT)
+        self.model.body('wall').pos[self.across] = self._wall
         self.model.body('ball').pos[:] = self._target_pos
 
+    def _hand(self) -> tuple[float, float]:
+        """Return where the hand is, across and along."""
+        hand = self.get_endeff_pos()
+        return hand[self.across], hand[1 - self.across]
+
     def _judge(self) -> bool:
-        x, y, _ = self.get_endeff_pos()
-        if not self.mode_taken and y > self._WALL_Y:
-            self.mode_taken = 'left' if x < self._wall_x else 'right'
+        across, along = self._hand()
+        if not self.mode_taken and along > self._AT:
+            self.mode_taken = next(mode for mode, (side, _) in self.modes.items()
+                                   if side * (across - self._wall) >= 0)
         self._failed = self._failed or self._touched('wall')
         return self._touched('ball')
 
     def expert_action(self, mode: str) -> np.ndarray:
-        hand = self.get_endeff_pos()
+        _, along = self._hand()
         height = self.hand_start[2]
-        aside = self._wall_x + self.modes[mode][0] * self._ASIDE
-        if hand[1] < self._WALL_Y - 0.02:
-            return self._towards(np.array([aside, self._WALL_Y + 0.01, height]))
-        if hand[1] < self._PAST_Y:
-            return self._towards(np.array([aside, self._PAST_Y + 0.05, height]))
+        aside = self._wall + self.modes[mode][0] * self._ASIDE
+        if along < self._AT - 0.02:
+            return self._towards(self._placed(aside, self._AT + 0.01, height))
+        if along < self._AT + self._PAST:
+            return self._towards(self._placed(aside, self._AT + self._PAST + 0.05, height))
         if self._touched('ball'):
             return np.array([0.0, 0.0, 0.0, _CLOSED])
         return self._towards(np.array([*self._target_pos[:2], height]))
+
+
+class PassWall(_PassBy):
+    """Away from the robot, past a wall that is too tall to go over."""
+
+    modes = {'left': (-1.0, 0.0), 'right': (1.0, 0.0)}   # as the robot sees them
+    across = 0
+    hand_start = (0.0, 0.59, 0.12)
+    layout_low, layout_high = (-0.01, -0.05, 0.85), (0.01, 0.05, 0.88)
+    _HALF, _AT = np.array([0.025, 0.01, 0.2]), 0.73
+    _COLOUR = (0.75, 0.35, 0.2, 1.0)
+
+
+class PassBlock(_PassBy):
+    """From one side of the table to the other, past a low block: before it or behind it."""
+
+    modes = {'near': (-1.0, 0.0), 'far': (1.0, 0.0)}
+    across = 1
+    hand_start = (-0.11, 0.7, 0.1)
+    layout_low, layout_high = (0.69, 0.65, 0.12), (0.71, 0.75, 0.15)
+    _HALF, _AT = np.array([0.035, 0.01, 0.06]), 0.0
+    _COLOUR = (0.2, 0.6, 0.3, 1.0)
 
 
 class PressAny(_ManyModes):
@@ -219,4 +255,4 @@ def _turned_about_z(angle_rad: float) -> list[float]:
     return [np.cos(angle_rad / 2), 0.0, 0.0, np.sin(angle_rad / 2)]
 
 
-SCENES = (PassWall, PressAny)
+SCENES = (PassWall, PassBlock, PressAny)

@@ -47,6 +47,8 @@ TASKS = {
                             instruction='insert the peg into the hole', steady_grasp=True),
     'pass-wall': Task(scene='PassWall', modes=('left', 'right'), noise=0.3, quiet_steps=4,
                       instruction='touch the ball behind the wall, not the wall'),
+    'pass-block': Task(scene='PassBlock', modes=('near', 'far'), noise=0.3, quiet_steps=4,
+                       instruction='touch the ball beyond the block, not the block'),
     'press-any': Task(scene='PressAny', modes=('left', 'right', 'far'), noise=0.3, quiet_steps=4,
                       instruction='press one of the three buttons'),
 }

@@ -21,7 +21,8 @@ from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest
 from meanflow_ros.ros.streams import NoObservation
 from meanflow_ros.training.data_config import DataConfig
 from meanflow_ros.training.episode import (
-    ActionStream, Episode, Skipped, make_relative, pair, resize_picture)
+    ActionStream, Episode, Skipped, due_times, make_relative, pair, resize_picture,
+    sample_actions)
 
 SCALARS = tuple(f'std_msgs/msg/{name}' for name in ('Float32', 'Float64', 'Int32', 'Bool'))
 STATUS, INT32 = 'diagnostic_msgs/msg/DiagnosticStatus', 'std_msgs/msg/Int32'
@@ -44,12 +45,14 @@ class Seen:
 class RecordedEpisode:
     """The observations of an episode and the streams of its actions, as they were recorded.
 
-    actions: their dimensions follow one another; the first is the action topic.
+    actions: their dimensions follow one another; the first is the action topic. executed: what
+    the robot was told, None where that is not recorded apart.
     """
 
     name: str
     observations: tuple[Seen, ...]
     actions: tuple[ActionStream, ...]
+    executed: ActionStream | None = None
 
 
 def read_bag(path: Path, robot: RobotSpec, data: DataConfig,
@@ -89,10 +92,16 @@ def _pairs(recorded: RecordedEpisode, robot: RobotSpec, data: DataConfig) -> Epi
     rows, chunks, mask = pair(stamps_ns, recorded.actions, robot)
     used = [recorded.observations[row] for row in rows]
     states = np.stack([np.zeros(0) if seen.state is None else seen.state for seen in used])
+    executed = chunks
+    if recorded.executed is not None:
+        executed, _, _ = sample_actions([recorded.executed], due_times(stamps_ns[rows], robot),
+                                        robot)
+    relative = data.relative_to(robot), robot.state_names
     return Episode(
         name=recorded.name, instructions=tuple(seen.instruction for seen in used),
         pictures=np.stack([seen.pictures for seen in used]), states=states, mask=mask,
-        chunks=make_relative(chunks, states, data.relative_to(robot), robot.state_names))
+        chunks=make_relative(chunks, states, *relative),
+        executed=make_relative(executed, states, *relative))
 
 
 class _Cutter:
@@ -145,6 +154,10 @@ class _Cutter:
             self._on('gripper_topic', data.gripper_topic,
                      dict.fromkeys(SCALARS, self._on_gripper))
             self._readers.append(scalar_action)
+        if data.executed_topic:
+            kind = self._on('executed_topic', data.executed_topic, None, self._on_executed)
+            self._executed_reader = action_reader(kind, robot.action_space.dimensions,
+                                                  data.twist_fields)
         for camera in robot.camera_names:
             self._on('camera_topics', self._camera_topic(camera), {
                 IMAGE: self._on_picture(camera, self._ingest.add_image),
@@ -237,6 +250,13 @@ class _Cutter:
         yield from self._cut_at_gap('', now_ns)
         if self.episode:
             self._add_action(0, message, now_ns)
+
+    def _on_executed(self, message, now_ns: int) -> None:
+        if self.episode:
+            try:
+                self._executed.add(self._executed_reader(message, now_ns))
+            except ValueError as error:
+                self._broken = self._broken or str(error)
 
     def _on_gripper(self, message, now_ns: int) -> None:
         self._gripper = message, now_ns
@@ -331,18 +351,22 @@ class _Cutter:
             self._actions[0].require_steady(round(longest_s * NANOSECONDS))
             if not all(len(stream) for stream in self._actions):
                 raise ValueError('there is no message on the gripper topic')
+            if self._data.executed_topic and not len(self._executed):
+                raise ValueError('there is no message on the topic of executed actions')
         except ValueError as error:
             self._clear()
             yield Skipped(name=name, reason=str(error))
             return
         recorded = RecordedEpisode(name=name, observations=tuple(self._observations),
-                                   actions=tuple(self._actions))
+                                   actions=tuple(self._actions),
+                                   executed=self._executed if self._data.executed_topic else None)
         self._clear()
         yield recorded
 
     def _clear(self) -> None:
         self._observations: list[Seen] = []
         self._actions = [ActionStream() for _ in self._readers]
+        self._executed = ActionStream()
         self._broken: str | None = None
         self._missing: str | None = None
         self._look = False

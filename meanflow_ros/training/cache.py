@@ -289,8 +289,9 @@ def _write_index(plan: _Plan, entries: Sequence[dict], digest: str) -> None:
             f'{name}: {reason}' for name, reason in skipped[:REASONS_SHOWN])
             + (f'; and {more} more' if more > 0 else ''))
     robot, directory = plan.robot, plan.directory
-    shapes = {'states': [len(robot.state_names)],
-              'chunks': [robot.horizon, robot.action_space.size], 'mask': [robot.horizon]}
+    chunk = [robot.horizon, robot.action_space.size]
+    shapes = {'states': [len(robot.state_names)], 'chunks': chunk, 'executed': chunk,
+              'mask': [robot.horizon]}
     for name, dtype in NUMBERS.items():
         row = int(np.prod(shapes[name])) * np.dtype(dtype).itemsize
         with contextlib.ExitStack() as stack:

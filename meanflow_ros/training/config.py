@@ -62,6 +62,9 @@ class TrainConfig:
     guidance: float = _option(1.0, 'scale of classifier-free guidance inside training')
     guidance_mix: float = _option(0.0, 'share of the conditional prediction in the guided target')
     condition_dropout: float = _option(0.0, 'share of observations without condition')
+    max_prefix: int = _option(0, 'steps of a chunk that may be given as a clean prefix, for '
+                                 'real-time chunking; half of the samples have none, the others '
+                                 '1 to this many')
     dispersive: float = _option(0.0, 'weight of the dispersive term')
     dimension_weights: tuple[float, ...] = _option((), 'weight of each action dimension')
 
@@ -107,6 +110,9 @@ class TrainConfig:
         for name in ('learning_rate', 'dpm_h_step', 'central_step', 'weight_eps', 'clip_norm'):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f'{name} must be finite and above 0, got {getattr(self, name)}')
+        if not 0 <= self.max_prefix < self.robot.horizon:
+            raise ValueError(f'max_prefix must be 0 to {self.robot.horizon - 1}, less than the '
+                             f'horizon, got {self.max_prefix}')
         if not 0 <= self.validation < 1:
             raise ValueError(f'validation must be in [0, 1), got {self.validation}')
         if self.warmup + self.hold > 1:

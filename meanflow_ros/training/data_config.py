@@ -26,8 +26,10 @@ class DataConfig:
     action_topic: JointTrajectory and JointState are matched by name to the dimensions of the
     action space, Float32MultiArray (or Float64MultiArray) by position, TwistStamped by
     `twist_fields`, one per dimension. gripper_topic: Float32, Float64, Int32 or Bool that gives
-    the last dimension, '' if the action topic has it. relative: predict the difference to the
-    measured state, for dimensions that are named like a state.
+    the last dimension, '' if the action topic has it. executed_topic: what the robot was told in
+    all dimensions, where that is not the action that is to be learned (demonstrations with a
+    disturbed command); prefixes are made of it, '' for the action itself. relative: predict the
+    difference to the measured state, for dimensions that are named like a state.
     max_action_gap: longest pause between actions inside an episode, in periods.
 
     instruction_topic: String. instruction_file: used in its place; a .txt with one instruction,
@@ -48,6 +50,7 @@ class DataConfig:
     state_topic: str = 'joint_states'
     action_topic: str = 'action'
     gripper_topic: str = ''
+    executed_topic: str = ''
     twist_fields: tuple[str, ...] = TWIST_FIELDS
     relative: bool = False
     max_action_gap: float = 10.0

@@ -47,7 +47,8 @@ class Draws:
     """Noise, times and changes of the pictures, for B observations with N draws each.
 
     e: (N * B, T, A), draw by draw. t, r: (N * B,); samples `moving` and later have r = t.
-    dropped: (B,) bool, the condition is left out. shift: (B, C, 2) in pixels of the encoder's
+    prefix: (N * B,) int64, how many steps are given; None if that is always 0. dropped: (B,)
+    bool, the condition is left out. shift: (B, C, 2) in pixels of the encoder's
     picture; gain: (B, C, 3), bias: (B, C), as `augment` takes them.
     """
 
@@ -59,10 +60,13 @@ class Draws:
     gain: Tensor
     bias: Tensor
     moving: int
+    prefix: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything but `moving`, which is the same in every step."""
-        return {name: getattr(self, name) for name in ('e', 't', 'r', 'dropped', *CHANGES)}
+        prefix = {} if self.prefix is None else {'prefix': self.prefix}
+        return prefix | {name: getattr(self, name) for name in ('e', 't', 'r', 'dropped',
+                                                                *CHANGES)}
 
 
 def draw_changes(config: TrainConfig, count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -75,6 +79,12 @@ def draw_changes(config: TrainConfig, count: int, generator: torch.Generator) ->
     return {'shift': signed(count, cameras, 2) * config.shift_pixels,
             'gain': 1 + signed(count, cameras, 3) * config.colour,
             'bias': signed(count, cameras) * config.colour * 128}
+
+
+def draw_prefixes(longest: int, count: int, generator: torch.Generator) -> Tensor:
+    """Return lengths of prefixes (count,): 0 for half of them on average, else 1 to `longest`."""
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator)
+    return lengths * (torch.rand(count, generator=generator) < 0.5)
 
 
 def draw(config: TrainConfig, step: int, share: Share) -> Draws:
@@ -92,12 +102,15 @@ def draw(config: TrainConfig, step: int, share: Share) -> Draws:
                     generator=generator)
     changes = draw_changes(config, batch, generator)
     dropped = torch.rand(batch, generator=generator) < config.condition_dropout
+    prefix = (draw_prefixes(config.max_prefix, draws * batch, generator) if config.max_prefix
+              else None)
 
     def own(values: Tensor) -> Tensor:                             # (N * B, ...) -> (N * b, ...)
         return values.view(draws, batch, *values.shape[1:])[
             :, share.index::share.count].flatten(0, 1).contiguous()
 
     return Draws(e=own(e), t=own(times.t), r=own(times.r),
+                 prefix=None if prefix is None else own(prefix),
                  dropped=share.of(dropped).contiguous(),
                  **{name: share.of(values).contiguous() for name, values in changes.items()},
                  moving=int((own(torch.arange(draws * batch)) < times.moving).sum()))

@@ -33,7 +33,8 @@ class Episode:
 
     instructions: one per observation. pictures: (N, C, S, S, 3) uint8 RGB, cameras in the robot's
     order. states: (N, P). chunks: (N, T, A), physical units; relative dimensions hold the
-    difference to the state of the observation. mask: (N, T), False for steps that were due after
+    difference to the state of the observation. executed: (N, T, A), the same of what the robot
+    was told, the chunks themselves by default. mask: (N, T), False for steps that were due after
     the recording's end, where the chunk repeats the last action. ValueError if they disagree.
     """
 
@@ -43,8 +44,14 @@ class Episode:
     states: np.ndarray
     chunks: np.ndarray
     mask: np.ndarray
+    executed: np.ndarray | None = None
 
     def __post_init__(self):
+        if self.executed is None:
+            object.__setattr__(self, 'executed', self.chunks)
+        if self.executed.shape != self.chunks.shape:
+            raise ValueError(f'executed must have the shape of chunks, {self.chunks.shape}, '
+                             f'got {self.executed.shape}')
         counts = {name: len(getattr(self, name))
                   for name in ('instructions', 'pictures', 'states', 'chunks', 'mask')}
         if len(set(counts.values())) != 1 or not counts['mask']:
@@ -54,7 +61,7 @@ class Episode:
             if getattr(self, name).ndim != ndim:
                 raise ValueError(f'{name} must have {ndim} dimensions, '
                                  f'got shape {getattr(self, name).shape}')
-        for name in ('states', 'chunks'):
+        for name in ('states', 'chunks', 'executed'):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f'{name} must be finite')
 
@@ -139,15 +146,20 @@ def sample_actions(streams: Sequence[ActionStream], due_ns: np.ndarray, robot: R
     return np.concatenate(values, axis=-1), np.logical_and.reduce(known), recorded
 
 
+def due_times(stamps_ns: np.ndarray, robot: RobotSpec) -> np.ndarray:
+    """Return when the steps of the chunks of observations at `stamps_ns` (N,) are due, (N, T)."""
+    steps = robot.first_step + np.arange(robot.horizon)
+    offsets_ns = np.rint(steps * robot.period_s * NANOSECONDS).astype(np.int64)
+    return np.asarray(stamps_ns, np.int64)[:, None] + offsets_ns
+
+
 def pair(stamps_ns: np.ndarray, streams: Sequence[ActionStream], robot: RobotSpec,
          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the observations that have actions (M,), their chunks (M, T, A) and masks (M, T).
 
     stamps_ns: t_obs of the observations (N,). ValueError if no observation has an action.
     """
-    steps = robot.first_step + np.arange(robot.horizon)
-    offsets_ns = np.rint(steps * robot.period_s * NANOSECONDS).astype(np.int64)
-    due_ns = np.asarray(stamps_ns, np.int64)[:, None] + offsets_ns                 # (N, T)
+    due_ns = due_times(stamps_ns, robot)                                           # (N, T)
     chunks, known, recorded = sample_actions(streams, due_ns, robot)
     rows = np.flatnonzero(known[:, 0] & recorded[:, 0])
     if not len(rows):

@@ -43,14 +43,15 @@ class Features:
     mask: Tensor | None
     state: Tensor
     chunk: Tensor
+    executed: Tensor
     chunk_mask: Tensor
     instruction: Tensor
 
     def batch(self, rows: Tensor, views: Tensor) -> dict[str, Tensor]:
         """Return the batch of rows (B,) as seen in views (B,)."""
         return {'context': self.context[views, rows], 'state': self.state[rows],
-                'chunk': self.chunk[rows], 'mask': self.chunk_mask[rows],
-                'instruction': self.instruction[rows]}
+                'chunk': self.chunk[rows], 'executed': self.executed[rows],
+                'mask': self.chunk_mask[rows], 'instruction': self.instruction[rows]}
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def encode(policy: Policy, data: PairDataset, rows: np.ndarray, views: int, conf
     generator = torch.Generator(device).manual_seed(config.seed)
     stored, mask = None, None
     reduced = torch.bfloat16 if device.type == 'cuda' else torch.float32
-    rest = {name: [] for name in ('state', 'chunk', 'mask', 'instruction')}
+    rest = {name: [] for name in ('state', 'chunk', 'executed', 'mask', 'instruction')}
 
     for start in tqdm(range(0, len(rows), ENCODE_ROWS), 'encoding', file=sys.stderr):
         batch = data.gather(rows[start:start + ENCODE_ROWS]).tensors()
@@ -86,7 +87,8 @@ def encode(policy: Policy, data: PairDataset, rows: np.ndarray, views: int, conf
             stored[view, start:start + count] = context.to(reduced)
     rest = {name: torch.cat(values).to(device) for name, values in rest.items()}
     return Features(context=stored, mask=mask, state=rest['state'], chunk=rest['chunk'],
-                    chunk_mask=rest['mask'], instruction=rest['instruction'])
+                    executed=rest['executed'], chunk_mask=rest['mask'],
+                    instruction=rest['instruction'])
 
 
 class _HeadLoss(TrainingLoss):
@@ -126,7 +128,8 @@ class _Head:
         """Return what decides this network's random numbers."""
         c = self.config
         return (c.seed, c.loss in ('rf', 'l1'), c.time_sampling, c.data_proportion,
-                c.one_step_proportion, c.noise_samples, c.batch_size, c.condition_dropout)
+                c.one_step_proportion, c.noise_samples, c.batch_size, c.condition_dropout,
+                c.max_prefix)
 
     def step(self, step: int, batch: Mapping[str, Tensor], moving: int) -> None:
         """Take one optimiser step; on a GPU it only begins."""

@@ -115,8 +115,12 @@ class TrainingLoss(nn.Module):
         with self._precision(self._config.precision == 'bfloat16'):
             return dit.condition(context.float(), mask, state, space)
 
-    def velocity(self, conditioning: Conditioning) -> meanflow.Velocity:
+    def velocity(self, conditioning: Conditioning, x: Tensor,
+                 given: Tensor | None = None) -> meanflow.Velocity:
         """Return u for these samples: compiled for the whole batch, plain for derivatives.
+
+        given: (N * B, T) bool, the steps of x (N * B, T, A) that are known, None for none. They
+        are what the robot was told; what it should have been told is what is learned after them.
 
         With dropout, the calls that a finite difference compares use the same random numbers, and
         so the same masks; it would otherwise be a difference of masks.
@@ -129,9 +133,10 @@ class TrainingLoss(nn.Module):
         def u(z, *, t, h, rows=None):
             with held or contextlib.nullcontext():
                 if rows is None:
-                    return field(z, t=t, h=h, conditioning=conditioning).float()
-                return dit(z, t=t, h=h, conditioning=conditioning.select(rows)).float()
-        return u
+                    return field(z, t=t, h=h, conditioning=conditioning, given=given).float()
+                return dit(z, t=t, h=h, conditioning=conditioning.select(rows),
+                           given=None if given is None else given[rows]).float()
+        return u if given is None else meanflow.with_prefix(u, x, given)
 
     def forward(self, batch: dict[str, Tensor], moving: int) -> Tensor:
         """Return the loss of a batch: what the loader gives, and the tensors of `Draws`.
@@ -147,12 +152,18 @@ class TrainingLoss(nn.Module):
         unused = self.action_weights.numel() - x.shape[-1]
         x, e = F.pad(x, (0, unused))[repeat], F.pad(batch['e'], (0, unused))
         weights = batch['mask'][repeat, :, None] * self.action_weights     # (N * B, T, A)
+        executed, given = x, None
+        if 'prefix' in batch:
+            given = torch.arange(x.shape[1], device=x.device) < batch['prefix'][:, None]
+            weights = weights * ~given[..., None]
+            executed = F.pad(self._normalized('action', batch['executed']), (0, unused))[repeat]
         times = Times(t=batch['t'], r=batch['r'], moving=moving)
         guide = {}
         with self._precision(self._config.precision == 'bfloat16'):
-            u = self.velocity(conditioning)
+            u = self.velocity(conditioning, executed, given)
             if self._config.guided:
-                guide['guide'] = self._guide(u, conditioning, batch['dropped'][repeat])
+                guide['guide'] = self._guide(u, conditioning, batch['dropped'][repeat], executed,
+                                             given)
             self._features = [] if self._config.dispersive else None
             loss = self._loss(u, x, e, times, weights, **guide)
         if self._config.dispersive:
@@ -160,14 +171,15 @@ class TrainingLoss(nn.Module):
             loss = loss + self._config.dispersive * meanflow.dispersive_loss(features)
         return loss
 
-    def _guide(self, u: meanflow.Velocity, conditioning: Conditioning, dropped: Tensor):
+    def _guide(self, u: meanflow.Velocity, conditioning: Conditioning, dropped: Tensor, x: Tensor,
+               given: Tensor | None):
         dit = self.network.dit
         null = dit.null_context.expand(len(dropped), -1, -1)
         nothing = Conditioning(
             keys_values=[block.cross_attn.keys_and_values(dit.context_proj(dit.context_norm(null)))
                          for block in dit.blocks],
             mask=None, state=conditioning.state, space=conditioning.space)
-        return meanflow.guided(u, self.velocity(nothing), scale=self._config.guidance,
+        return meanflow.guided(u, self.velocity(nothing, x, given), scale=self._config.guidance,
                                mix=self._config.guidance_mix, dropped=dropped)
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-FORMAT = 1
+FORMAT = 2
 INDEX = 'index.json'
-NUMBERS = {'states': np.float32, 'chunks': np.float32, 'mask': np.bool_}
+NUMBERS = {'states': np.float32, 'chunks': np.float32, 'executed': np.float32,
+           'mask': np.bool_}
 SAMPLE_ROWS = 200_000
 
 
@@ -36,7 +37,7 @@ def read_index(directory: Path) -> dict:
 class Batch:
     """B training pairs, in physical units.
 
-    pictures: (B, C, S, S, 3) uint8. state: (B, P) float32. chunk: (B, T, A) float32.
+    pictures: (B, C, S, S, 3) uint8. state: (B, P) float32. chunk, executed: (B, T, A) float32.
     mask: (B, T) float32, 0 where the recording had ended. instruction: (B,) int64, index into
     `PairDataset.instructions`.
     """
@@ -44,6 +45,7 @@ class Batch:
     pictures: torch.Tensor
     state: torch.Tensor
     chunk: torch.Tensor
+    executed: torch.Tensor
     mask: torch.Tensor
     instruction: torch.Tensor
 
@@ -56,7 +58,7 @@ class PairDataset:
     """N training pairs of a cache, in the order of the episodes; memory-mapped, read-only.
 
     instructions: every text once, sorted. instruction_index: (N,) int32. states: (N, P) float32.
-    chunks: (N, T, A) float32. mask: (N, T) bool. episode_of_row: (N,) int32, index into
+    chunks, executed: (N, T, A) float32. mask: (N, T) bool. episode_of_row: (N,) int32, index into
     `episode_names`. skipped: (name, reason) of what could not be used.
     """
 
@@ -80,7 +82,7 @@ class PairDataset:
         def mapped(name: str, dtype, shape: Sequence[int], rows: int) -> np.ndarray:
             return _map(directory / f'{name}.raw', dtype, (rows, *shape))
 
-        self.states, self.chunks, self.mask = (
+        self.states, self.chunks, self.executed, self.mask = (
             mapped(name, dtype, index['shapes'][name], self._length)
             for name, dtype in NUMBERS.items())
         self.episode_of_row = mapped('episode_of_row', np.int32, (), self._length)
@@ -105,6 +107,7 @@ class PairDataset:
         self._gather_pictures(rows, episodes, batch.pictures.numpy())
         batch.state.numpy()[:] = self.states[rows]
         batch.chunk.numpy()[:] = self.chunks[rows]
+        batch.executed.numpy()[:] = self.executed[rows]
         batch.mask.numpy()[:] = self.mask[rows]
         batch.instruction.numpy()[:] = self.instruction_index[rows]
 
@@ -129,6 +132,7 @@ class PairDataset:
             pictures=empty(self.picture_shape, torch.uint8),
             state=empty(self.states.shape[1:], torch.float32),
             chunk=empty(self.chunks.shape[1:], torch.float32),
+            executed=empty(self.executed.shape[1:], torch.float32),
             mask=empty(self.mask.shape[1:], torch.float32),
             instruction=empty((), torch.int64))
 

@@ -45,7 +45,7 @@ def make_policy(config: TrainConfig, data: PairDataset) -> Policy:
                           if robot.state_names else None),
         action_normalizer=Normalizer.fit(actions, method=config.normalization, **limits),
         sampler=SAMPLER_OF.get(config.loss, 'average'), relative_to=relative,
-        training=trained_with(config)), tokenizer)
+        max_prefix=config.max_prefix, training=trained_with(config)), tokenizer)
     if config.florence:
         load_florence(policy.network.encoder, config.florence)
     return policy
@@ -69,5 +69,5 @@ def _continued(config: TrainConfig) -> Policy:
     if config.condition_dropout and not policy.config.dit.null_context:
         raise ValueError(f'condition_dropout needs a network with a null context, '
                          f'{config.initial} has none')
-    return Policy(dataclasses.replace(policy.config, training=trained_with(config)),
-                  policy.network)
+    return Policy(dataclasses.replace(policy.config, max_prefix=config.max_prefix,
+                                      training=trained_with(config)), policy.network)

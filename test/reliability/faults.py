@@ -132,9 +132,9 @@ def _instructions() -> list[Fault]:
         Fault(name='instruction: a burst, 30 a second', begin=_tell('feeder', 'burst 30'),
               end=_tell('feeder', 'burst 0')),
         Fault(name='instruction: flooded, 300 a second', begin=_tell('feeder', 'burst 300'),
-              end=_tell('feeder', 'burst 0'), stops=('instruction',), short=True),
+              end=_tell('feeder', 'burst 0'), stops=('instruction',)),
         hostile('empty', _say(''), 'empty'),
-        hostile('64 kB', _say('a' * 65536), str(MAX_INSTRUCTION_BYTES)),
+        hostile('64 kB', _say('a' * 65536), str(MAX_INSTRUCTION_BYTES), short=True),
         hostile('invalid UTF-8', _tell('feeder', f'say_bytes {invalid}'), 'UTF-8'),
         hostile('garbled bytes', _tell('feeder', f'say_bytes {garbled}'), 'not a std_msgs')]
 
@@ -294,5 +294,5 @@ def all_faults() -> list[Fault]:
     return [*(fault for name in CAMERAS for fault in _camera(name)), *_joints(), *_instructions(),
             *_parameters(), *_switches(), *_descriptions(), *_processes(),
             Fault(name=f'lifecycle: {CYCLES} cycles', begin=_lifecycle_cycles, soak=False,
-                  seconds=0.5),
+                  seconds=0.5, grows_mib=0.024 * CYCLES),
             *_models(), *_clocks()]

@@ -38,7 +38,7 @@ TEST = Path(__file__).resolve().parent.parent
 NODE = 'meanflow_policy'
 TRANSITIONS = {'configure': 1, 'cleanup': 2, 'activate': 3, 'deactivate': 4}
 PLAIN, MODEL, CLOCK = 'plain', 'model', 'clock'   # variants of the node
-START_S = 60.0
+START_S = 120.0
 CALL_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)

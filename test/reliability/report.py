@@ -45,10 +45,11 @@ def soak_table(result: dict) -> str:
 
 def written(text: str, marker: str, content: str) -> str:
     """Return the page with what stands between a marker's two ends replaced."""
-    pattern = f'(<!-- {marker} -->\n).*?(\n<!-- /{marker} -->)'
+    pattern = f'(<!-- {marker} -->\n).*?(<!-- /{marker} -->)'
     if not re.search(pattern, text, re.DOTALL):
-        raise ValueError(f'the page has no <!-- {marker} --> ... <!-- /{marker} -->')
-    return re.sub(pattern, lambda match: match[1] + content + match[2], text, flags=re.DOTALL)
+        raise ValueError(f'the page has no <!-- {marker} --> and <!-- /{marker} -->')
+    return re.sub(pattern, lambda match: match[1] + content + '\n' + match[2], text,
+                  flags=re.DOTALL)
 
 
 def page(text: str) -> str:

@@ -117,11 +117,11 @@ def plot(result: dict, path: Path) -> None:
     for key, label in (('p99_ms', 'p99'), ('p50_ms', 'p50')):
         above.plot(minutes, [row[key] for row in result['rows']], label=label)
     above.set_ylabel('picture to chunk, ms')
-    above.set_ylim(bottom=0)
+    above.set_ylim(0, 1.2 * max(row['p99_ms'] for row in result['rows']))
     above.legend(loc='upper right')
     below.plot(minutes, [row['memory_mib'] for row in result['rows']], color='tab:green')
     below.set_ylabel('anonymous memory, MiB')
-    below.set_ylim(bottom=0)
+    below.set_ylim(0, 1.2 * max(row['memory_mib'] for row in result['rows']))
     below.set_xlabel('minute')
     figure.savefig(path, dpi=110)
 
