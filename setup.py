@@ -19,6 +19,7 @@ setup(
     name=package_name,
     version='0.1.0',
     packages=find_packages(exclude=['test']),
+    package_data={f'{package_name}.evaluation.report': ['*.html', '*.css', '*.js']},
     data_files=[
         ('share/ament_index/resource_index/packages', [f'resource/{package_name}']),
         (f'share/{package_name}', ['package.xml']),
@@ -57,8 +58,11 @@ setup(
         'train': ['matplotlib', 'tensorboard'],
         # pyarrow reads and writes the tables of a LeRobot data set, av its videos.
         'lerobot': ['pyarrow', 'av'],
-        # setuptools ignores tests_require: colcon finds pytest here.
-        'test': ['pytest', 'hypothesis', 'ruff', 'colcon-common-extensions'],
+        # `evaluate replay --ray`: recordings spread over many machines.
+        'ray': ['ray'],
+        # setuptools ignores tests_require: colcon finds pytest here. mcap reads back what a replay
+        # writes; playwright drives Debian's chromium, in which the report is tried.
+        'test': ['pytest', 'hypothesis', 'ruff', 'colcon-common-extensions', 'mcap', 'playwright'],
     },
     maintainer='The meanflow_ros maintainers',
     maintainer_email='maintainers@meanflow-ros.dev',
@@ -73,6 +77,7 @@ setup(
             'export_lerobot = meanflow_ros.training.export_lerobot:main',
             'train = meanflow_ros.training.train:main',
             'evaluate = meanflow_ros.evaluation.evaluate:main',
+            'replay = meanflow_ros.evaluation.replay.command:main',
             'demo = meanflow_ros.evaluation.demo:main',
             'record_demonstrations = meanflow_ros.sim.demonstrations:main',
         ],

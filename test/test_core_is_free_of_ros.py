@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import meanflow_ros.core
+import meanflow_ros.evaluation.replay
 import meanflow_ros.training
 
 ROOT = Path(meanflow_ros.core.__file__).parents[2]
@@ -17,6 +18,7 @@ ROS = ('rclpy', 'rosidl_runtime_py', 'rosidl_parser', 'rpyutils', 'ament_index_p
        'geometry_msgs', 'trajectory_msgs', 'diagnostic_msgs', 'lifecycle_msgs',
        'visualization_msgs', 'rosgraph_msgs')
 EDGE = ['meanflow_ros.ros.from_messages', 'meanflow_ros.ros.ingest', 'meanflow_ros.ros.bag']
+NEEDS_ROS = 'meanflow_ros.evaluation.replay.live'
 
 
 def modules_of(package):
@@ -34,7 +36,8 @@ def run_without_ros(code):
 @pytest.fixture(scope='module')
 def imported():
     """Import the core, say what that loaded, then import the rest."""
-    core, rest = modules_of(meanflow_ros.core), EDGE + modules_of(meanflow_ros.training)
+    core, rest = modules_of(meanflow_ros.core), EDGE + modules_of(meanflow_ros.training) + [
+        name for name in modules_of(meanflow_ros.evaluation.replay) if name != NEEDS_ROS]
     assert 'meanflow_ros.core.policy' in core and 'meanflow_ros.training.train' in rest
     done = run_without_ros(
         f'import importlib, json\n'
@@ -53,9 +56,14 @@ def test_every_module_of_the_core_imports_without_ros_and_without_the_edge(impor
     assert set(core) <= set(loaded)
 
 
-def test_messages_bags_and_training_import_without_ros(imported):
+def test_messages_bags_training_and_replay_import_without_ros(imported):
     _, lines, errors = imported
     assert lines[1:] == ['all imported'], errors
+
+
+def test_a_live_replay_without_ros_says_what_it_needs():
+    done = run_without_ros('import meanflow_ros.evaluation.replay.live')
+    assert '--live needs ROS 2: source one' in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize('module', ['rclpy', 'sensor_msgs'])

@@ -1,4 +1,4 @@
-"""The `evaluate` command: what a checkpoint does, through the node that runs it on a robot."""
+"""The `evaluate` command: what a checkpoint does, in closed loop and on recorded bags."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from meanflow_ros.core.policy import Policy
 from meanflow_ros.evaluation.delays import cells_of, rows_of, table
 from meanflow_ros.evaluation.episodes import EpisodeResult, print_summary, summarize
 from meanflow_ros.evaluation.execution import EXECUTIONS
+from meanflow_ros.evaluation.replay import command as replay
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.sim.metaworld_robot import EVALUATION_SEED_START, PERIOD_S
 from meanflow_ros.sim.scene import CAMERAS
@@ -70,6 +71,28 @@ def _without_ros(arguments: argparse.Namespace, checkpoint: Path, jobs,
                         camera_every=max(1, round(arguments.camera_period / PERIOD_S)))
 
 
+def _write_report(arguments: argparse.Namespace, checkpoint: Path,
+                  results: list[EpisodeResult]) -> None:
+    """Write report.html, with videos of episodes that are run again in this process."""
+    from meanflow_ros.evaluation.closed_loop import Job, make_act
+    from meanflow_ros.evaluation.sim_report import write_sim_report
+    arguments.report.parent.mkdir(parents=True, exist_ok=True)
+    write_sim_report(
+        arguments.report, results, lambda result: Job(
+            policy='policy', task=result.task, seed=result.seed,
+            noise_seed=arguments.seed + result.seed - EVALUATION_SEED_START,
+            instruction=result.instruction, blank_cameras=tuple(arguments.blank_camera),
+            execution=arguments.execution[0], delay_steps=arguments.delay_steps[0]),
+        make_act(Policy.load(checkpoint), arguments.sampler_steps),
+        checkpoint=str(checkpoint), videos=arguments.videos,
+        camera_every=max(1, round(arguments.camera_period / PERIOD_S)),
+        settings={'in_process': arguments.in_process, 'sampler_steps': arguments.sampler_steps,
+                  'seed': arguments.seed, 'camera_period_s': arguments.camera_period,
+                  'swap_instructions': arguments.swap_instructions,
+                  'blank_cameras': arguments.blank_camera})
+    print(f'written to {arguments.report}')
+
+
 def evaluate_sim(arguments: argparse.Namespace) -> int:
     """Run episodes on unseen seeds; print a table and write JSON."""
     checkpoint = arguments.checkpoint or default_checkpoint()
@@ -94,6 +117,8 @@ def evaluate_sim(arguments: argparse.Namespace) -> int:
     if several > 1 or arguments.in_process and (rows[0]['execution'], rows[0]['delay_steps']) \
             != (EXECUTION, 0):
         print(table(rows))
+    if arguments.report:
+        _write_report(arguments, checkpoint, results)
     if arguments.out:
         document = {
             'checkpoint': str(checkpoint), 'in_process': arguments.in_process,
@@ -113,8 +138,10 @@ def evaluate_sim(arguments: argparse.Namespace) -> int:
 
 def _parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog='evaluate', description='Measure what a checkpoint does, through the policy node.')
+        prog='evaluate',
+        description='Measure what a checkpoint does: the ingest, policy and guard of the node.')
     commands = parser.add_subparsers(dest='command', required=True)
+    replay.add_parser(commands)
     sim = commands.add_parser(
         'sim', help='closed loop with the simulated robot',
         description='Run episodes of the simulated robot on seeds that training never saw, with '
@@ -148,7 +175,15 @@ def _parse(argv) -> argparse.Namespace:
                      help='control steps of 25 ms from a picture to its chunk, with --in-process '
                      '(default 0); of several modes and delays every pair is run')
     sim.add_argument('--out', type=Path, help='JSON file for every episode and the summary')
+    sim.add_argument('--report', type=Path, metavar='HTML', help='report.html to look at, with '
+                     'videos of episodes that are run again without ROS')
+    sim.add_argument('--videos', type=int, default=1, help='of each task in the report, failures '
+                     'first (default 1)')
     arguments = parser.parse_args(argv)
+    if arguments.command == 'replay':
+        return arguments
+    if arguments.report and len(arguments.execution) * len(arguments.delay_steps) > 1:
+        parser.error('--report shows one mode and one delay')
     if arguments.episodes < 1:
         parser.error(f'--episodes must be at least 1, got {arguments.episodes}')
     if arguments.blank_camera and not arguments.in_process:
@@ -169,6 +204,8 @@ def _parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     """Run the `evaluate` command."""
     arguments = _parse(argv)
+    if arguments.command == 'replay':
+        return replay.guarded_run(arguments)
     try:
         return evaluate_sim(arguments)
     except (OSError, RuntimeError, ValueError) as error:

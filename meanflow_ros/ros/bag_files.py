@@ -161,7 +161,7 @@ class Bag:
         with open(path, 'rb') as packed, open(target, 'wb') as unpacked:
             try:
                 with zstd.open(packed, 'rb') as stream:
-                    shutil.copyfileobj(stream, unpacked, 1 << 20)
+                    shutil.copyfileobj(stream, unpacked, 1 << 16)
             except (zstd.ZstdError, EOFError) as error:
                 self._lose(f'{path.name} can be decompressed up to byte {unpacked.tell()} of its '
                            f'content only ({error})')

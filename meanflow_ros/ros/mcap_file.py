@@ -240,7 +240,8 @@ class McapFile:
             if len(head) < 9:
                 break
             opcode, length = head[0], int.from_bytes(head[1:], 'little')
-            if not 1 <= opcode <= LAST_OPCODE or length > self._size:
+            most = max(self._size, MAX_CHUNK_BYTES) if opcode == CHUNK else self._size
+            if not 1 <= opcode <= LAST_OPCODE or length > most:
                 found = self._next_chunk(at + 1)
                 lose(f'{self.path.name}: nothing can be read from byte {at} to '
                      f'{"its end" if found is None else f"byte {found}"}')

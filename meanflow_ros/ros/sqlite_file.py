@@ -30,6 +30,8 @@ class SqliteFile:
         try:
             self._database = sqlite3.connect(f'file:{self._readable()}?mode=ro&immutable='
                                              f'{int(self._scratch is None)}', uri=True)
+            # Else SQLite opens no file that is shorter than its header says.
+            self._database.execute('PRAGMA writable_schema=ON')
             self._open()
         except sqlite3.Error as error:
             self.close()
@@ -103,8 +105,8 @@ class SqliteFile:
         while failures < GIVE_UP_AFTER:
             try:
                 for number, time_ns, row, data in self._database.execute(
-                        f'SELECT topic_id, timestamp, id, data FROM messages WHERE {where} '
-                        f'AND id >= {following} ORDER BY +id'):
+                        f'SELECT topic_id, timestamp, id, data FROM messages NOT INDEXED '
+                        f'WHERE {where} AND id >= {following} ORDER BY id'):
                     following, step, failures = row + 1, 1, 0
                     if (time_ns, row) > newest:
                         yield time_ns, number, memoryview(data)

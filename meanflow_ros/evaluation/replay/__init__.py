@@ -1,0 +1,1 @@
+"""Replay of recordings: what a policy would have done, at the times at which it would have."""

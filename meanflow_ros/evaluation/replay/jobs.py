@@ -1,0 +1,150 @@
+"""Many bags, one after the other, by several processes, or by many machines through Ray.
+
+The unit is a bag. What every worker computes is the same, whichever way it was started; a bag
+that fails is reported by its name and stops no other.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from meanflow_ros.evaluation.replay.acting import Acting, make_acting
+from meanflow_ros.evaluation.replay.parts import Parts
+from meanflow_ros.evaluation.replay.replay_bag import BagReport, replay_bag
+from meanflow_ros.evaluation.replay.settings import ReplaySettings
+
+Progress = Callable[[float], None]
+Done = Callable[[Path, dict], None]
+_acting: Acting | None = None      # of a worker process
+
+
+def run_here(bags: Sequence[Path], settings: ReplaySettings, directory: Path,
+             acting: Acting | None, *, progress: Progress, done: Done) -> None:
+    """Replay bags in this process. progress: told seconds of recording. done: after each bag."""
+    fingerprint = settings.fingerprint()
+    for bag in bags:
+        done(bag, _work(bag, settings, Parts(directory, bag, fingerprint), acting, progress))
+
+
+def run_in_processes(bags: Sequence[Path], settings: ReplaySettings, directory: Path,
+                     jobs: int, *, done: Done) -> None:
+    """Replay bags with `jobs` processes; `done` is called in the order in which they finish."""
+    fingerprint = settings.fingerprint()
+    context = multiprocessing.get_context('forkserver')    # which imports PyTorch once for all
+    context.set_forkserver_preload([__name__])
+    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(bags)), context, _begin_worker,
+                                                (settings,)) as pool:
+        waiting = {pool.submit(_work_in_process, bag, settings, directory, fingerprint): bag
+                   for bag in bags}
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                done(waiting[future], _result_of(future, waiting[future]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+
+
+def run_with_ray(bags: Sequence[Path], settings: ReplaySettings, directory: Path, *,
+                 done: Done, address: str | None = None) -> None:
+    """Replay bags as Ray tasks; the machines must see the bags and the checkpoint by their paths.
+
+    address: of a Ray cluster, None for the one that RAY_ADDRESS names, or a local one.
+    ValueError if Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("Ray is not installed: pip install 'meanflow_ros[ray]'") from None
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False,
+                 configure_logging=False)
+    fingerprint = settings.fingerprint()
+    try:
+        remote = ray.remote(max_retries=1)(_work_far_away)
+        waiting = {remote.remote(str(bag), settings): bag for bag in bags}
+        while waiting:
+            (reference,), _ = ray.wait(list(waiting), num_returns=1)
+            bag = waiting.pop(reference)
+            try:
+                report, files = ray.get(reference)
+                Parts(directory, bag, fingerprint).take(files)
+            except ray.exceptions.RayError as error:
+                report = failed(bag, f'the worker failed: {_first_line(error)}')
+            done(bag, report)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _begin_worker(settings: ReplaySettings) -> None:
+    global _acting
+    torch.set_num_threads(1)
+    _acting = make_acting(settings)
+
+
+def _work_in_process(bag: Path, settings: ReplaySettings, directory: Path,
+                     fingerprint: str) -> dict:
+    return _work(bag, settings, Parts(directory, bag, fingerprint), _acting)
+
+
+def _work_far_away(bag: str, settings: ReplaySettings) -> tuple[dict, dict[str, bytes]]:
+    global _acting
+    if _acting is None and settings.checkpoint:
+        _acting = make_acting(settings)
+    with tempfile.TemporaryDirectory() as directory:
+        parts = Parts(Path(directory), Path(bag), settings.fingerprint())
+        return _work(Path(bag), settings, parts, _acting), parts.files()
+
+
+def _work(bag: Path, settings: ReplaySettings, parts: Parts, acting: Acting | None,
+          progress: Progress = lambda seconds: None) -> dict:
+    """Replay one bag, or take what is there; a failure is part of the report."""
+    earlier = parts.report()
+    if earlier is not None:
+        return earlier
+    report = BagReport(name=bag.name)
+    before = (acting.seconds, acting.chunks) if acting else (0.0, 0)
+    try:
+        for episode in replay_bag(bag, settings, acting, report, progress=progress,
+                                  done=parts.has):
+            parts.save(episode)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        report.error = _first_line(error)
+        return asdict(report)
+    if acting:
+        report.inference_s = acting.seconds - before[0]
+        report.inferred = acting.chunks - before[1]
+    parts.finish(report)
+    return asdict(report)
+
+
+def _result_of(future: concurrent.futures.Future, bag: Path) -> dict:
+    try:
+        return future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        return failed(bag, 'the worker process died, perhaps for want of memory')
+
+
+def failed(bag: Path, error: str) -> dict:
+    """Return the report of a bag that could not be replayed."""
+    return asdict(BagReport(name=bag.name, error=error))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def with_instructions(settings: ReplaySettings, texts: Sequence[str]) -> ReplaySettings:
+    """Return the settings with the instructions of all recordings, for the swapped one."""
+    return dataclasses.replace(settings, known_instructions=tuple(sorted(set(texts))))
