@@ -168,7 +168,7 @@ def test_a_trajectory_ends_at_rest_ahead_of_now_with_every_joint():
               for point in message.points]
     assert starts[0] > 50 * MS and len(starts) == 15       # the one at 50 ms is too near
     assert list(message.points[-1].velocities) == [0.0] * 7
-    assert message.points[7].velocities[0] == pytest.approx(0.2 * np.sin(0.4), rel=0.01)
+    assert message.points[6].velocities[0] == pytest.approx(0.2 * np.sin(0.4), rel=0.01)
 
 
 def test_a_trajectory_may_end_in_motion_where_the_controller_allows_it():
