@@ -125,7 +125,7 @@ def test_the_table_has_means_over_seeds_their_spread_and_the_modes():
         trial('l1', 0, 1, 5, 0, {}), trial('expert', 0, 0, 10, 10, {'left': 5, 'right': 5})]})
     lines = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()]
     assert lines[2][:3] == ['rf', '4', '80.0% ± 14.1']
-    assert lines[2][4:8] == ['85.0% ± 7.1', '', '82.5% ± 3.5', 'left 41%, right 59%']
+    assert lines[2][4:9] == ['85.0% ± 7.1', '', '', '82.5% ± 3.5', 'left 41%, right 59%']
     assert lines[3][:3] == ['l1', '1', '50.0%'] and lines[3][4] == '0.0%'
     assert lines[4][:2] == ['expert', '']
 
