@@ -251,7 +251,11 @@ def main(argv: list[str] | None = None) -> int:
     bench = Bench(parse(argv))
     if not bench.of_node:
         print(HEAD, flush=True)
-    bench.run()
+    try:
+        bench.run()
+    except KeyboardInterrupt:
+        print('\nbench: interrupted; what was measured before is kept', file=sys.stderr)
+        return 130
     return 1 if bench.results['problems'] else 0
 
 

@@ -20,6 +20,7 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile
+from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -118,7 +119,7 @@ def measure_node(checkpoint: Path, *, device: str, width: int, height: int, thre
     minutes: of the run at `rate_hz` after that; 0 for none. RuntimeError if the node fails.
     """
     robot = read_config(checkpoint / 'policy.yaml').robot
-    rclpy.init()
+    rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     process = NodeProcess(POLICY, 'meanflow_ros.ros.policy_node',
                           Path(tempfile.mkdtemp()) / 'policy.log', {
                               'checkpoint': checkpoint, 'device': device, 'threads': threads,
