@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help setup mesa demo test faults soak clean
+.PHONY: help setup mesa browser demo test faults soak clean
 
 # A sourced ROS 2 is used; without one, ROS 2 Jazzy comes as wheels.
 PATH := $(subst $(CURDIR)/.venv/bin:,,$(PATH))
@@ -66,7 +66,7 @@ help:
 demo: setup
 	$(PY) -m meanflow_ros.evaluation.demo --out demo_out
 
-test: setup
+test: setup browser
 	$(PY) -m ruff check
 	mkdir -p log
 	$(COLCON) build --packages-select meanflow_ros --event-handlers console_direct-
@@ -126,6 +126,12 @@ mesa:
 	if ! command -v dpkg >/dev/null; then exit 0; fi
 	echo 'set-up 4/4: Mesa, which draws the camera images'
 	install_packages $(MESA) || echo 'no camera images can be drawn until these packages are installed: $(MESA)' >&2
+
+# In which the report of a replay is tried; without one those tests are skipped.
+browser:
+	$(APT)
+	if command -v chromium chromium-browser google-chrome >/dev/null || ! command -v dpkg >/dev/null; then exit 0; fi
+	if grep -qs '^ID=debian' /etc/os-release; then install_packages chromium || true; fi
 
 clean:
 	rm -rf .venv build install log demo_out *.egg-info .pytest_cache .ruff_cache .hypothesis
