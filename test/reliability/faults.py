@@ -294,5 +294,5 @@ def all_faults() -> list[Fault]:
     return [*(fault for name in CAMERAS for fault in _camera(name)), *_joints(), *_instructions(),
             *_parameters(), *_switches(), *_descriptions(), *_processes(),
             Fault(name=f'lifecycle: {CYCLES} cycles', begin=_lifecycle_cycles, soak=False,
-                  seconds=0.5, grows_mib=0.024 * CYCLES),
+                  seconds=0.5),
             *_models(), *_clocks()]
