@@ -6,6 +6,9 @@ import pytest
 
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 os.environ.setdefault('ROS_DOMAIN_ID', str(os.getpid() % 101 + 1))
+if 'PYTEST_XDIST_WORKER' in os.environ:    # so has each of the processes that share the tests
+    number = int(os.environ['PYTEST_XDIST_WORKER'].lstrip('gw'))
+    os.environ['ROS_DOMAIN_ID'] = str((int(os.environ['ROS_DOMAIN_ID']) + 13 * number) % 101 + 1)
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # on a busy machine more threads wait for each other
 
 
