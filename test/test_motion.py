@@ -133,31 +133,6 @@ def test_a_franka_follows_chunks_through_its_trajectory_controller_without_a_jum
     assert gripper.values[0] == pytest.approx(path(2.4)[0], abs=0.02) and gripper.rejected == 0
 
 
-def test_when_within_its_lead_a_trajectory_reaches_the_controller_does_not_matter():
-    courses = []
-    for late_ns in (0, 7 * MS, 49 * MS):
-        arm = JointTrajectoryController(PANDA, np.zeros(7))
-        driven = Driven(FRANKA, 'motion_franka.yaml')
-        driven.motion.feel(np.zeros(7))
-        course = []
-        for number in range(6):
-            sign = 1 if number % 2 else -1
-            driven.chunk(lambda s, sign=sign: np.full(8, sign * 0.1 * np.sin(s)))
-            topic, sent_ns, message = [sent for sent in driven.wire.sent
-                                       if sent[0].endswith('joint_trajectory')][-1]
-            for now_ns in range(driven.now_ns, driven.now_ns + 100 * MS, MS):
-                if now_ns == sent_ns + late_ns:
-                    arm.receive(message, now_ns)
-                course.append(arm.state(now_ns)[0][0])
-            driven.run(0.1)
-            driven.motion.feel(arm.state(driven.now_ns)[0])
-        assert arm.rejected == []
-        courses.append(course)
-    assert np.ptp(courses[0]) > 0.01
-    for course in courses[1:]:
-        np.testing.assert_allclose(course, courses[0], atol=2e-4)
-
-
 def test_a_trajectory_ends_at_rest_ahead_of_now_with_every_joint():
     driven = Driven(FRANKA, 'motion_franka.yaml')
     driven.wire.now_ns += 3
@@ -166,9 +141,9 @@ def test_a_trajectory_ends_at_rest_ahead_of_now_with_every_joint():
     assert message.joint_names == PANDA
     starts = [point.time_from_start.sec * 10**9 + point.time_from_start.nanosec
               for point in message.points]
-    assert starts[0] > 50 * MS and len(starts) == 15       # the one at 50 ms is too near
+    assert starts[0] > 20 * MS and len(starts) == 16
     assert list(message.points[-1].velocities) == [0.0] * 7
-    assert message.points[6].velocities[0] == pytest.approx(0.2 * np.sin(0.4), rel=0.01)
+    assert message.points[7].velocities[0] == pytest.approx(0.2 * np.sin(0.4), rel=0.01)
 
 
 def test_a_trajectory_may_end_in_motion_where_the_controller_allows_it():

@@ -597,7 +597,7 @@ def test_a_full_disk_is_said_so_and_leaves_no_cache(bags, tmp_path, monkeypatch)
 @pytest.mark.parametrize('number, workers', [(signal.SIGINT, 2), (signal.SIGKILL, 1)])
 def test_a_build_that_is_stopped_in_the_middle_leaves_nothing_that_is_believed(
         tmp_path, number, workers):
-    for i in range(3):
+    for i in range(6):
         simple_bag(tmp_path / 'bags' / f'{i}', episodes=60, length_ns=100 * MS)
     heard, said = multiprocessing.get_context('fork').Pipe(duplex=False)
 

@@ -161,19 +161,16 @@ class Motion:
         return np.where(np.isnan(self._felt), first, self._felt)
 
     def _send_chunk(self, output, safe: SafeChunk, now_ns: int) -> None:
-        """Send what lies ahead, on a way within the limits from where the controller will be.
+        """Send what lies ahead, on a way within the limits from where the controller is.
 
-        Until `lead_s` from now it goes on as it was told before, so that it does not matter when
-        within that time the new trajectory reaches it. A step nearer than half a period after
-        that is left out: the way to it would be steep for nothing.
+        A step nearer than half a period is left out: the way to it would be steep for nothing.
         """
-        begin_ns = now_ns + round(output.config.lead_s * NANOSECONDS)
-        start = self._set_point(output, begin_ns)
-        ahead = output.ahead(safe.timed, begin_ns, self.robot.period_s / 2)
+        start = self._set_point(output, now_ns)
+        ahead = output.ahead(safe.timed, now_ns, self.robot.period_s / 2)
         if start is not None and ahead is not None:
             whole = np.full((2, self.robot.action_space.size), np.nan)
             whole[:, output.columns] = start
-            safe = self.guard.check_plan(ahead, start=(begin_ns, *whole))
+            safe = self.guard.check_plan(ahead, start=(now_ns, *whole))
         output.send_chunk(safe, now_ns, self.guard.limits.velocity, start)
 
     def _require_followed(self, now_ns: int) -> None:

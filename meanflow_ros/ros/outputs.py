@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections import deque
 
 import numpy as np
 from geometry_msgs.msg import TwistStamped
@@ -103,27 +102,22 @@ class _JointTrajectory(Output):
 
     def __init__(self, node, config, space):
         super().__init__(node, config, space)
-        self._told = deque(maxlen=8)    # times (ns), positions and velocities of trajectories
+        self._told = None      # times (ns), positions and velocities of the last trajectory
 
-    def ahead(self, timed: TimedActions, begin_ns: int, after_s: float) -> TimedActions | None:
-        """Return the steps that are due more than `after_s` after a time; None if none is."""
-        ahead = timed.due_ns > begin_ns + round(after_s * 1e9)
+    def ahead(self, timed: TimedActions, now_ns: int, lead_s: float = 0.0) -> TimedActions | None:
+        """Return the steps that lie far enough ahead, by `lead_s` too; None if there are none."""
+        ahead = timed.due_ns > now_ns + round(max(lead_s, self.config.lead_s) * 1e9)
         return TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns[ahead],
                             actions=timed.actions[ahead]) if ahead.any() else None
 
     def set_point(self, now_ns: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return where the controller is that follows what it was told, and how fast, (D,).
+        """Return where the controller is that follows the last trajectory, and how fast, (D,).
 
-        A trajectory replaces the one before from its first point on. None before the first one,
-        and earlier than `lead_s` before the newest: the clock has jumped back.
+        None before the first trajectory, and before its first time: the clock has jumped back.
         """
-        lead_ns = round(self.config.lead_s * 1e9)
-        if not self._told or now_ns < self._told[-1][0][0] - lead_ns:
+        if self._told is None or now_ns < self._told[0][0]:
             return None
-        begun = [told for told in self._told if told[0][0] <= now_ns]
-        if not begun:
-            return self._told[0][1][0], np.zeros(len(self.columns))
-        times_ns, positions, velocities = begun[-1]
+        times_ns, positions, velocities = self._told
         after = int(np.searchsorted(times_ns, now_ns, side='right'))
         if after == len(times_ns):
             return positions[-1], np.zeros(positions.shape[1])
@@ -137,29 +131,29 @@ class _JointTrajectory(Output):
 
     def send_chunk(self, safe: SafeChunk, now_ns: int, max_velocity: np.ndarray,
                    start: tuple[np.ndarray, np.ndarray] | None = None) -> None:
-        """Publish the points that lie `lead_s` ahead, if there are any.
+        """Publish the points that lie far enough ahead, if there are any.
 
         max_velocity: (A,), kept between the points too. start: position and velocity (D,) of the
-        controller at that time, if they are known: they are the first point.
+        controller now, if they are known.
         """
-        begin_ns = now_ns + round(self.config.lead_s * 1e9)
-        timed = self.ahead(safe.timed, begin_ns, 0.0)
+        timed = self.ahead(safe.timed, now_ns)
         if timed is None:
             return
         due_ns, positions = timed.due_ns, timed.actions[:, self.columns]
         if start is not None:
-            due_ns, positions = np.append(begin_ns, due_ns), np.vstack([start[0], positions])
+            due_ns, positions = np.append(now_ns, due_ns), np.vstack([start[0], positions])
         due_ns, velocities = with_velocities(
             due_ns, positions, max_velocity[self.columns],
             to_rest=ends_at_rest(self.config.end_velocity),
             begin=None if start is None else start[1])
-        self._told.append((due_ns, positions, velocities))
+        self._told = due_ns, positions, velocities
         message = JointTrajectory(joint_names=list(self.config.joints or self.config.dimensions))
         message.header.stamp = to_messages.time(now_ns)
         message.points = [
             JointTrajectoryPoint(positions=position.tolist(), velocities=velocity.tolist(),
                                  time_from_start=to_messages.duration(int(due) - now_ns))
-            for due, position, velocity in zip(due_ns, positions, velocities)]
+            for due, position, velocity in zip(due_ns, positions, velocities)
+        ][0 if start is None else 1:]
         self.publisher.publish(message)
 
 

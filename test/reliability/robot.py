@@ -22,10 +22,11 @@ ACCELERATION = np.array([7.0, 4.1, 0.29, 19.0])
 HOME = {'shoulder': 0.2, 'elbow': 0.1}
 CONTROL_RATE_HZ = 50.0
 MAX_AGE_S, DEADLINE_S, STOP_S = 0.3, 0.4, 0.3
-LEAD_S = 0.1                                      # of trajectories, on a machine that is busy
 TOPICS = {'trajectory': 'arm/joint_trajectory', 'forward': 'elbow/commands',
           'twist': 'servo/twist'}
-PARAMETERS = {'threads': 1, 'max_age_s': MAX_AGE_S, 'max_skew_s': 0.1, 'autostart': True}
+# Its chunks begin anywhere and are followed from where the robot is: some steps of them must be.
+PARAMETERS = {'threads': 1, 'execution': 'receding_horizon:2', 'max_age_s': MAX_AGE_S,
+              'max_skew_s': 0.1, 'autostart': True}
 
 
 def write_motion(path: Path) -> Path:
@@ -41,7 +42,7 @@ def write_motion(path: Path) -> Path:
         'remedies': {kind: 'clamp' for kind in ('velocity', 'acceleration', 'first_step')},
         'outputs': [
             {'type': 'joint_trajectory', 'topic': TOPICS['trajectory'],
-             'dimensions': ['shoulder'], 'lead_s': LEAD_S},
+             'dimensions': ['shoulder']},
             {'type': 'forward_command', 'topic': TOPICS['forward'],
              'dimensions': ['elbow', 'grip']},
             {'type': 'twist', 'topic': TOPICS['twist'], 'axes': {'angular.z': 'turn'},
