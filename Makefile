@@ -73,7 +73,8 @@ test: setup browser
 	status=0
 	# Processes wait for each other in some tests; a busy machine may keep one of them for too long.
 	$(COLCON) test --packages-select meanflow_ros --event-handlers console_direct+ \
-	    --return-code-on-test-failure --retest-until-pass 2 --pytest-args -ra 2>&1 | tee log/test.txt || status=$$?
+	    --return-code-on-test-failure --retest-until-pass 2 \
+	    --pytest-args -ra -n 2 --dist loadfile --timeout 240 2>&1 | tee log/test.txt || status=$$?
 	closing=$$(grep -aE '^=+ .*[0-9]+ (passed|failed|skipped|errors?).* in ' log/test.txt | tail -n 1 | sed 's/^=* //; s/ =*$$//') || true
 	echo "$${closing:-no test ran}"
 	[ -n "$$closing" ] && exit $$status || exit 1

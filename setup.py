@@ -62,7 +62,8 @@ setup(
         'ray': ['ray'],
         # setuptools ignores tests_require: colcon finds pytest here. mcap reads back what a replay
         # writes; playwright drives Debian's chromium, in which the report is tried.
-        'test': ['pytest', 'hypothesis', 'ruff', 'colcon-common-extensions', 'mcap', 'playwright'],
+        'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'hypothesis', 'ruff',
+                 'colcon-common-extensions', 'mcap', 'playwright'],
     },
     maintainer='The meanflow_ros maintainers',
     maintainer_email='maintainers@meanflow-ros.dev',
