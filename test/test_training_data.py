@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 
 import child
 import made_bags as made
@@ -597,13 +598,17 @@ def test_a_full_disk_is_said_so_and_leaves_no_cache(bags, tmp_path, monkeypatch)
 @pytest.mark.parametrize('number, workers', [(signal.SIGINT, 2), (signal.SIGKILL, 1)])
 def test_a_build_that_is_stopped_in_the_middle_leaves_nothing_that_is_believed(
         tmp_path, number, workers):
-    for i in range(6):
+    for i in range(3):
         simple_bag(tmp_path / 'bags' / f'{i}', episodes=60, length_ns=100 * MS)
     heard, said = multiprocessing.get_context('fork').Pipe(duplex=False)
 
+    def wait_there(*entry):
+        said.send(entry)
+        time.sleep(60)
+
     def build():
         build_cache(find_recordings(tmp_path / 'bags'), ROBOT, DataConfig(), SIZE, tmp_path / 'x',
-                    workers, progress=lambda *entry: said.send(entry))
+                    workers, progress=wait_there)
 
     process = child.start(build, errors=tmp_path / 'errors.txt')
     assert heard.poll(30)
