@@ -305,14 +305,7 @@ def data(tmp_path_factory):
 def objective(data, spoiled=None, prefix=None, executed=None, **changes):
     """Return the loss of a fixed batch; noise `spoiled`, lengths `prefix`, steps `executed`."""
     settings = training_rig.config(batch_size=6, **changes)
-    torch.manual_seed(3)
-    policy = train_module.make_policy(settings, data)
-    for value in policy.network.dit.state_dict().values():     # gates begin as zero
-        if value.is_floating_point() and not value.any():
-            value.normal_(0.0, 0.3)
-    loss = train_module.TrainingLoss(policy.network.requires_grad_(True), settings, policy.config,
-                                     data.instructions)
-    batch = data.gather(np.arange(6)).tensors()
+    policy, loss, batch = training_rig.fixed_objective(settings, data)
     ((part, moving),) = train_module.parts_of(batch, settings, 0, training_rig.ALONE)
     if prefix is not None:
         part['prefix'] = torch.full_like(part['prefix'], prefix)

@@ -65,14 +65,7 @@ def test_every_option_trains(data, tmp_path, changes):
 def objective(data, spoil=None, **changes):
     """Return the loss of a fixed batch and fixed weights under these options."""
     settings = config(batch_size=6, condition_dropout=0.4, **changes)
-    torch.manual_seed(3)
-    policy = train_module.make_policy(settings, data)
-    for value in policy.network.dit.state_dict().values():     # gates begin as zero
-        if value.is_floating_point() and not value.any():
-            value.normal_(0.0, 0.3)
-    loss = train_module.TrainingLoss(policy.network.requires_grad_(True), settings, policy.config,
-                                     data.instructions)
-    batch = data.gather(np.arange(6)).tensors()
+    _, loss, batch = training_rig.fixed_objective(settings, data)
     if spoil is not None:
         batch['chunk'][..., spoil] = 0.0
     ((part, moving),) = train_module.parts_of(batch, settings, 0, ALONE)

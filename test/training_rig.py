@@ -12,6 +12,7 @@ import torch
 from meanflow_ros.core.dit import DiTConfig
 from meanflow_ros.core.encoder import EncoderConfig
 from meanflow_ros.training import policy as training_policy
+from meanflow_ros.training import train
 from meanflow_ros.training.cache import build_cache, open_cache
 from meanflow_ros.training.config import TrainConfig
 from meanflow_ros.training.distributed import Group
@@ -66,6 +67,18 @@ def make_data(directory: Path, **changes):
 def losses_of(run: Path) -> list[float]:
     """Return the losses of a run's directory, step by step."""
     return [json.loads(line)['loss'] for line in (run / 'losses.jsonl').read_text().splitlines()]
+
+
+def fixed_objective(settings: TrainConfig, data):
+    """Return a policy, its loss and a batch of six: the same weights and rows every time."""
+    torch.manual_seed(3)
+    policy = train.make_policy(settings, data)
+    for value in policy.network.dit.state_dict().values():     # gates begin as zero
+        if value.is_floating_point() and not value.any():
+            value.normal_(0.0, 0.3)
+    loss = train.TrainingLoss(policy.network.requires_grad_(True), settings, policy.config,
+                              data.instructions)
+    return policy, loss, data.gather(np.arange(6)).tensors()
 
 
 def make_networks_small(monkeypatch) -> None:

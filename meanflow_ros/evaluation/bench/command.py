@@ -150,14 +150,19 @@ class Bench:
             row['roofline_fraction'] = round(
                 row['bound_ms']['total'] / row['host_ms']['p50'], 4)
 
+    def _checkpoint(self, folder: Path) -> Path:
+        """Return the checkpoint that was asked for, or the random policy's, written there."""
+        checkpoint = self._arguments.checkpoint
+        if checkpoint is None:
+            checkpoint = folder / 'policy'
+            self._policy().save(checkpoint, dtype=torch.bfloat16)
+            release()
+        return checkpoint
+
     def _start(self) -> None:
         arguments = self._arguments
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = arguments.checkpoint
-            if checkpoint is None:
-                checkpoint = Path(folder) / 'policy'
-                self._policy().save(checkpoint, dtype=torch.bfloat16)
-                release()
+            checkpoint = self._checkpoint(Path(folder))
             for name in ('cold', 'warm'):
                 found = measure_start(checkpoint, device=arguments.device, dtype=arguments.dtype,
                                       cache=Path(folder) / 'compiled')
@@ -168,13 +173,8 @@ class Bench:
         from meanflow_ros.evaluation.bench.node import measure_node   # needs ROS
         arguments = self._arguments
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = arguments.checkpoint
-            if checkpoint is None:
-                checkpoint = Path(folder) / 'policy'
-                self._policy().save(checkpoint, dtype=torch.bfloat16)
-                release()
             found = measure_node(
-                checkpoint, device=arguments.device, width=arguments.width,
+                self._checkpoint(Path(folder)), device=arguments.device, width=arguments.width,
                 height=arguments.height, threads=arguments.threads, runs=arguments.runs,
                 compressed=arguments.compressed, rate_hz=arguments.rate,
                 minutes=arguments.minutes)
