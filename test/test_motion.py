@@ -506,6 +506,46 @@ def test_the_last_command_of_a_velocity_that_is_held_is_zero():
     assert velocity.values == 0.0
 
 
+@pytest.mark.parametrize('action', ['decelerate', 'hold'])
+def test_a_stream_that_lags_far_behind_its_chunk_stops_where_it_is_and_not_at_its_end(action):
+    arm, speed, acceleration, stop_s = ForwardCommandController(1), 1.1, 7.0, 0.3
+    config = MotionConfig(
+        outputs=(ForwardCommandOutput(topic='t', dimensions=('q',)),), control_rate_hz=50.0,
+        stop_s=stop_s, safe_action=action, limits={'velocity': {'q': speed},
+                                                   'acceleration': {'q': acceleration}})
+    driven = Driven(robot(['q'], ['q']), config, t=arm)
+    driven.motion.feel(np.zeros(1))
+    course = []
+    for _ in range(15):
+        driven.chunk(np.full((16, 1), 2.4))
+        driven.run(0.04, lambda: course.append(arm.values[0]))
+    driven.motion.halt('disabled', driven.now_ns)
+    begun = len(course)
+    driven.run(0.5, lambda: course.append(arm.values[0]))
+    assert driven.motion.rests
+    way = speed * stop_s / 2 if action == 'decelerate' else 0.0
+    assert course[-1] - course[begun - 1] == pytest.approx(way, abs=0.05 * speed + 0.03)
+    velocity = np.diff(course) / 0.02
+    assert velocity[begun - 2] == pytest.approx(speed) and velocity[-1] == 0.0
+    assert np.abs(np.diff(velocity)).max() <= acceleration * 0.02 * (1 + 1e-6)
+
+
+def test_a_stream_that_is_far_from_neutral_can_be_held_where_it_is_within_the_limits():
+    arm, speed, acceleration = ForwardCommandController(1), 1.1, 7.0
+    driven = clamped(ForwardCommandOutput(topic='t', dimensions=('q',)), arm, speed, acceleration)
+    driven.motion.config = dataclasses.replace(driven.config, safe_action='neutral',
+                                               neutral={'q': -2.0})
+    course = replaced(driven, lambda: 0.0 if arm.values is None else arm.values[0], 1.5, 40)
+    driven.motion.halt('deactivated', driven.now_ns)
+    driven.run(1.0, lambda: course.append(arm.values[0]))
+    assert not driven.motion.rests and course[-1] < 1.0
+    driven.motion.hold()
+    driven.run(0.4, lambda: course.append(arm.values[0]))     # v / a (1 + sqrt 2) = 0.38 s
+    assert driven.motion.rests and course[-1] > -0.5
+    changes = np.diff(course, 2) / 0.02**2
+    assert np.abs(changes).max() <= acceleration * (1 + 1e-6)
+
+
 def test_a_controller_that_is_gone_stops_the_robot_until_it_is_back():
     receiver, driven = servo()
     driven.chunk(steady(TWIST))

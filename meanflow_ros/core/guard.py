@@ -305,7 +305,7 @@ class Guard:
                                                  f'{tolerance[worst]:g} apart is allowed')
                 self.interventions['first_step clamped'] += 1
                 timed = (self._tracked(timed, self._inside(start)) if motion is None else
-                         self._continued(timed, now_ns, motion))
+                         _without_first(self.follow(timed, now_ns=now_ns, motion=motion)))
         excess = _excess(timed, self.limits)
         for kind in RATES:
             worst = int(np.argmax(excess[kind]))
@@ -326,11 +326,14 @@ class Guard:
     def _remedy(self, kind: str) -> str:
         return self._settings.remedies.get(kind, REJECT)
 
-    def _continued(self, timed: TimedActions, now_ns: int, motion: np.ndarray) -> TimedActions:
-        """Return what a robot does that has this motion (3, A) now and follows the steps."""
-        position, begin_ns = self._inside(motion[0]), min(now_ns, int(timed.due_ns[0]) - 1)
-        tracked = self._tracked(_with_first(timed, begin_ns, position), position, *motion[1:])
-        return _without_first(tracked)
+    def follow(self, timed: TimedActions, *, now_ns: int, motion: np.ndarray) -> TimedActions:
+        """Return what a robot does within the limits that follows the steps from now on.
+
+        It begins with where it is. motion: (3, A), what it does now, as for `check`.
+        """
+        position = np.clip(motion[0], self._box.lower, self._box.upper)
+        begin_ns = min(now_ns, int(timed.due_ns[0]) - 1)
+        return self._tracked(_with_first(timed, begin_ns, position), position, *motion[1:])
 
     def _tracked(self, timed: TimedActions, start: np.ndarray, velocity: np.ndarray | None = None,
                  acceleration: np.ndarray | None = None) -> TimedActions:

@@ -67,6 +67,11 @@ class Motion:
         return self._accepted_ns is not None
 
     @property
+    def rests(self) -> bool:
+        """Whether no stream is on its way to rest, or followed; trajectories end by themselves."""
+        return not self._streaming or self._rest_ns is not None
+
+    @property
     def streams(self) -> bool:
         """Whether `tick` must be called at the control rate."""
         return any(output.streams for output in self.outputs)
@@ -136,6 +141,11 @@ class Motion:
             path = None      # the clock has jumped: that is not where the robot is
         if path is None and not self._streaming:
             return           # the controller has come to the end of its last trajectory
+        if path is not None:     # as it is executed, which may lag far behind
+            motion = self._under_way(np.where(np.isnan(self._felt), path.actions[0], self._felt),
+                                     now_ns, stopping=True)
+            path = path if motion is None else self.guard.follow(path, now_ns=now_ns,
+                                                                 motion=motion)
         self._stop = self._safe_action(path, now_ns)
         for output in self.outputs:
             if not output.streams:
@@ -148,6 +158,11 @@ class Motion:
             self._stop = _constant(self._still())
             self._publish(self.guard.last_command(now_ns=now_ns, period_s=self.config.period_s))
             self._streaming, self._silenced_ns = False, now_ns
+
+    def hold(self) -> None:
+        """Stop a stream within the limits, wherever the safe action has led it."""
+        if self._streaming:
+            self._stop = _constant(self.robot.action_space.at_rest(self.guard.commanded))
 
     def _is_coming_to_rest(self, now_ns: int) -> bool:
         """Whether a stream has just been silenced: its controllers may still move."""
@@ -162,11 +177,12 @@ class Motion:
             self.robot.horizon, self.robot.action_space.size) else np.full(len(self._felt), np.nan)
         return np.where(np.isnan(self._felt), first, self._felt)
 
-    def _under_way(self, start: np.ndarray, now_ns: int) -> np.ndarray | None:
+    def _under_way(self, start: np.ndarray, now_ns: int, *,
+                   stopping: bool = False) -> np.ndarray | None:
         """Return position, velocity and acceleration that are commanded now, (3, A).
 
-        None where nothing is. An output that does not move yet stands at `start` (A,), and so
-        does a joint of a stream that is measured too far from where it was sent.
+        None where nothing is. An output that does not move yet stands at `start` (A,). stopping:
+        a joint of a stream that is measured too far from where it was sent does not stand there.
         """
         motion = np.zeros((3, len(start)))
         motion[0], known = start, False
@@ -175,7 +191,7 @@ class Motion:
             if output.streams and self._streaming:
                 sent = self.guard.motion(now_ns=now_ns, period_s=self.config.period_s)[:, columns]
                 astray = np.abs(self._felt[columns] - sent[0]) > self._tolerance(output)
-                motion[:, columns] = np.where(astray, motion[:, columns], sent)
+                motion[:, columns] = np.where(astray & (not stopping), motion[:, columns], sent)
             elif not output.streams and output.set_point(now_ns) is not None:
                 motion[:2, columns] = self._set_point(output, now_ns)
             else:
@@ -269,8 +285,10 @@ class Motion:
         command = self.guard.command(
             target, now_ns=now_ns, period_s=self.config.period_s,
             velocity=self.timeline.velocity(now_ns) if target is due else None)
+        before = self.last_command
         self._publish(command)
-        if self._stop is None or not np.array_equal(command.values, target):
+        if self._stop is None or before is None or not (
+                np.array_equal(command.values, target) and np.array_equal(before, target)):
             self._rest_ns = None
         elif self._rest_ns is None:
             self._rest_ns = now_ns
