@@ -207,6 +207,20 @@ def test_a_chunk_that_begins_away_from_the_robot(remedy):
     assert near.interventions == {'first_step clamped': 1}
 
 
+def test_a_clamped_first_step_continues_the_motion_that_is_under_way():
+    near = guard('first_step', 'clamp', first_step=np.array([0.05, np.inf]))
+    motion = np.array([[0.2, 0.0], [0.3, 0.0], [0.0, 0.0]])
+    actions = near.check(moving(np.full(5, 1.5)), now_ns=60_000_000, start=np.array([0.15, 0.0]),
+                         motion=motion).timed.actions
+    # From 0.3 rad/s at 60 ms to 1 rad/s by 8 rad/s^2 at a jerk of 200 rad/s^3: at 100 ms still
+    # on the way up, p + v s + j s^3 / 6, and no slower than the limit once it is reached.
+    assert actions[0, 0] == pytest.approx(0.2 + 0.3 * 0.04 + 200 * 0.04**3 / 6)
+    assert np.diff(actions[2:, 0]) == pytest.approx(0.1)
+    late = near.check(moving(np.full(5, 1.5)), now_ns=100_000_000, start=np.array([0.15, 0.0]),
+                      motion=motion).timed.actions
+    assert late[0, 0] == pytest.approx(0.2, abs=1e-6)        # it is due now: where it is
+
+
 def test_a_start_that_is_no_number_rejects_whatever_the_remedy():
     with pytest.raises(Rejected, match='first_step|would begin'):
         guard('first_step', 'clamp', first_step=np.array([0.05, 1.0])).check(
@@ -314,6 +328,23 @@ def test_the_stream_moves_wherever_its_range_lies(lower, upper, jerk):
     target = np.array([lower + 0.83 * span])
     commands = [limiter.step(target, 0.02) for _ in range(80)]
     np.testing.assert_allclose(commands[-1], target, atol=1e-6 * span)
+
+
+@pytest.mark.parametrize('speed', [0.3, -0.11])
+def test_a_target_that_moves_away_is_met_as_soon_as_possible_without_a_step_back(speed):
+    acceleration, period_s = 3.0, 0.005
+    limits = Limits(names=('g',), lower=[-9.0], upper=[9.0], velocity=[1.0],
+                    acceleration=[acceleration], jerk=[np.inf])
+    limiter, times = Limiter(limits, np.array([0.7])), period_s * np.arange(1, 80)
+    path = 0.7 + speed * times
+    commands = np.array([limiter.step(np.array([target]), period_s, np.array([speed]))[0]
+                         for target in path])
+    # Seen from the target: it falls behind until it is as fast, and comes back to it and stops.
+    met = times > abs(speed) / acceleration * (1 + np.sqrt(2))
+    assert 10 < met.sum() and np.abs(commands - path)[met].max() < 1e-9
+    assert np.abs(commands - path)[~met][:-1].min() > 1e-6
+    assert (np.diff(commands) * np.sign(speed) > 0).all()
+    assert np.abs(np.diff(commands, 2)).max() <= acceleration * period_s**2 * (1 + 1e-9)
 
 
 def test_a_dimension_without_limits_of_change_follows_at_once():

@@ -22,8 +22,8 @@ from meanflow_ros.core.guard import Guard, Rejected  # noqa: E402
 from meanflow_ros.core.timeline import OpenLoop, RecedingHorizon  # noqa: E402
 from meanflow_ros.ros.motion import Motion  # noqa: E402
 from meanflow_ros.ros.motion_config import (  # noqa: E402
-    ForwardCommandOutput, GripperOutput, JointJogOutput, MotionConfig, TwistOutput, read_mode,
-    read_motion)
+    ForwardCommandOutput, GripperOutput, JointJogOutput, JointTrajectoryOutput, MotionConfig,
+    TwistOutput, read_mode, read_motion)
 from meanflow_ros.ros.outputs import ends_at_rest, make_output, with_velocities  # noqa: E402
 
 CONFIG = Path(__file__).parents[1] / 'config'
@@ -373,6 +373,73 @@ def test_silence_is_one_last_command_and_then_none():
     np.testing.assert_array_equal(receiver.velocity(driven.now_ns), np.zeros(6))
 
 
+@pytest.mark.parametrize('execution, late_ms', [
+    ('receding_horizon', 0), ('receding_horizon', 70), ('ensemble', 40)])
+def test_chunks_replaced_at_every_picture_reach_a_far_target_as_soon_as_the_limits_permit(
+        execution, late_ms):
+    arm, speed, acceleration, goal = ForwardCommandController(1), 1.1, 7.0, 1.5
+    driven = clamped(ForwardCommandOutput(topic='t', dimensions=('q',)), arm, speed, acceleration,
+                     mode=read_mode(execution))
+    course = np.array([0.0, *replaced(driven, lambda: 0.0 if arm.values is None else
+                                      arm.values[0], goal, late_ms)])
+    reached_s = 0.02 * np.argmax(course > goal - 1e-3)
+    # The first chunk begins to be followed within two periods of 50 ms, and 20 ms is one command.
+    assert 0 <= reached_s - (goal / speed + speed / acceleration) <= 0.15
+    # Between steps of 50 ms the target goes on a line: past the goal by less than one of them.
+    assert course[-1] == pytest.approx(goal, abs=1e-6)
+    assert course.max() <= goal + acceleration * 0.05**2 / 2
+    velocity = np.diff(course) / 0.02
+    assert np.abs(velocity).max() <= speed * (1 + 1e-6)
+    assert np.abs(np.diff(velocity)).max() <= acceleration * 0.02 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize('late_ms', [0, 70])
+def test_a_trajectory_replaced_at_every_picture_reaches_a_far_target_too(late_ms):
+    arm, speed, acceleration, goal = JointTrajectoryController(['q'], [0.0]), 1.1, 7.0, 1.5
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',)), arm, speed, acceleration)
+    course = np.array(replaced(driven, lambda: arm.state(driven.now_ns)[0][0], goal, late_ms))
+    reached_s = 0.02 * np.argmax(course > goal - 1e-3)
+    assert abs(reached_s - (goal / speed + speed / acceleration)) <= 0.2
+    assert course[-1] == pytest.approx(goal, abs=1e-6)
+    assert course.max() <= goal + acceleration * 0.05**2 / 2
+    assert np.abs(np.diff(course) / 0.02).max() <= speed * (1 + 1e-6) and arm.rejected == []
+
+
+def clamped(output, receiver, speed, acceleration, mode=None):
+    """Return a joint `q` at 0 whose chunks may begin anywhere."""
+    config = MotionConfig(outputs=(output,), control_rate_hz=50.0, first_step={'q': 0.05}, limits={
+        'velocity': {'q': speed}, 'acceleration': {'q': acceleration}}, remedies=dict.fromkeys(
+            ('velocity', 'acceleration', 'first_step'), 'clamp'))
+    return Driven(robot(['q'], ['q']), config, mode=mode, t=receiver)
+
+
+def replaced(driven, position, goal, late_ms):
+    """Send every 33 ms a chunk for the goal, for 2.2 s; return the positions every 20 ms."""
+    course = []
+    for now_ms in range(2200):
+        driven.wire.now_ns += MS
+        if now_ms % 33 == 0:
+            driven.motion.feel(np.array([position()]))
+            driven.motion.accept(ActionChunk(
+                actions=np.full((16, 1), goal), stamp_ns=driven.now_ns - late_ms * MS,
+                period_s=0.05, first_step=1), now_ns=driven.now_ns)
+        if now_ms % 20 == 0:
+            driven.motion.tick(driven.now_ns)
+            course.append(position())
+    return course
+
+
+def test_a_stream_whose_joint_is_astray_continues_from_where_it_is_measured():
+    arm = ForwardCommandController(1)
+    driven = clamped(ForwardCommandOutput(topic='t', dimensions=('q',)), arm, 1.1, 7.0)
+    replaced(driven, lambda: 0.0 if arm.values is None else arm.values[0], 1.5, 40)
+    for felt, begins in ((1.3, 1.5), (1.1, 1.1)):   # 0.05 and 0.2 s at 1.1 rad/s are 0.27 rad
+        driven.motion.feel(np.array([felt]))
+        safe = driven.chunk(np.full((16, 1), -1.0))
+        fallen = 7.0 * 0.05**2 / 2
+        assert safe.timed.actions[0, 0] == pytest.approx(begins - fallen, abs=1e-6)
+
+
 def test_a_trajectory_begins_within_the_limits_from_where_the_controller_is():
     arm = JointTrajectoryController(PANDA, np.zeros(7))
     driven = Driven(FRANKA, 'motion_franka.yaml',
@@ -437,6 +504,46 @@ def test_the_last_command_of_a_velocity_that_is_held_is_zero():
     assert velocity.values > 0.08
     driven.motion.silence('emergency stop', driven.now_ns)
     assert velocity.values == 0.0
+
+
+@pytest.mark.parametrize('action', ['decelerate', 'hold'])
+def test_a_stream_that_lags_far_behind_its_chunk_stops_where_it_is_and_not_at_its_end(action):
+    arm, speed, acceleration, stop_s = ForwardCommandController(1), 1.1, 7.0, 0.3
+    config = MotionConfig(
+        outputs=(ForwardCommandOutput(topic='t', dimensions=('q',)),), control_rate_hz=50.0,
+        stop_s=stop_s, safe_action=action, limits={'velocity': {'q': speed},
+                                                   'acceleration': {'q': acceleration}})
+    driven = Driven(robot(['q'], ['q']), config, t=arm)
+    driven.motion.feel(np.zeros(1))
+    course = []
+    for _ in range(15):
+        driven.chunk(np.full((16, 1), 2.4))
+        driven.run(0.04, lambda: course.append(arm.values[0]))
+    driven.motion.halt('disabled', driven.now_ns)
+    begun = len(course)
+    driven.run(0.5, lambda: course.append(arm.values[0]))
+    assert driven.motion.rests
+    way = speed * stop_s / 2 if action == 'decelerate' else 0.0
+    assert course[-1] - course[begun - 1] == pytest.approx(way, abs=0.05 * speed + 0.03)
+    velocity = np.diff(course) / 0.02
+    assert velocity[begun - 2] == pytest.approx(speed) and velocity[-1] == 0.0
+    assert np.abs(np.diff(velocity)).max() <= acceleration * 0.02 * (1 + 1e-6)
+
+
+def test_a_stream_that_is_far_from_neutral_can_be_held_where_it_is_within_the_limits():
+    arm, speed, acceleration = ForwardCommandController(1), 1.1, 7.0
+    driven = clamped(ForwardCommandOutput(topic='t', dimensions=('q',)), arm, speed, acceleration)
+    driven.motion.config = dataclasses.replace(driven.config, safe_action='neutral',
+                                               neutral={'q': -2.0})
+    course = replaced(driven, lambda: 0.0 if arm.values is None else arm.values[0], 1.5, 40)
+    driven.motion.halt('deactivated', driven.now_ns)
+    driven.run(1.0, lambda: course.append(arm.values[0]))
+    assert not driven.motion.rests and course[-1] < 1.0
+    driven.motion.hold()
+    driven.run(0.4, lambda: course.append(arm.values[0]))     # v / a (1 + sqrt 2) = 0.38 s
+    assert driven.motion.rests and course[-1] > -0.5
+    changes = np.diff(course, 2) / 0.02**2
+    assert np.abs(changes).max() <= acceleration * (1 + 1e-6)
 
 
 def test_a_controller_that_is_gone_stops_the_robot_until_it_is_back():

@@ -1,5 +1,6 @@
 """The node drives a controller over DDS: streams, emergency stop, enable, limits, heartbeat."""
 
+import threading
 import time
 from collections import deque
 
@@ -14,10 +15,12 @@ from std_msgs.msg import Float64MultiArray, Header, String  # noqa: E402
 from std_srvs.srv import SetBool  # noqa: E402
 
 from meanflow_ros.core.contract import ActionChunk  # noqa: E402
+from meanflow_ros.ros.motion_control import SETTLE_S  # noqa: E402
 from micro_policy import DIMENSIONS, FIRST_STEP, HORIZON, LOWER, PERIOD_S, UPPER  # noqa: E402
 from node_rig import Rig, until  # noqa: E402
 
 MIDDLE = (LOWER + UPPER) / 2
+STOP_S, SPEED, ACCELERATION = 0.3, 0.5, 4.0     # of `slide`, m/s and m/s^2
 
 
 class Controller:
@@ -46,8 +49,8 @@ def constant(value):
 def shared(micro_checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp('motion') / 'motion.yaml'
     path.write_text(yaml.safe_dump({
-        'control_rate_hz': 50.0, 'deadline_s': 0.3, 'stop_s': 0.1,
-        'limits': {'velocity': {'slide': 0.5}, 'acceleration': {'slide': 20.0}},
+        'control_rate_hz': 50.0, 'deadline_s': 0.3, 'stop_s': STOP_S,
+        'limits': {'velocity': {'slide': SPEED}, 'acceleration': {'slide': ACCELERATION}},
         'outputs': [{'type': 'forward_command', 'topic': 'arm/commands',
                      'dimensions': ['swivel', 'slide']}]}))
     made = {}
@@ -125,9 +128,83 @@ def test_the_emergency_stop_ends_commands_at_once_and_is_latched(rig):
 def test_a_disabled_node_sends_nothing_until_it_is_enabled(rig):
     moving(rig)
     call(rig, 'enable', False)
+    until(lambda: not rig.node._control.motion._streaming, 'the end of the stream',
+          each=rig.feeder.steadily())
+    quiet(rig, 0.05)                                       # what was still on its way
     assert quiet(rig) == []
     call(rig, 'enable', True)
     moving(rig)
+
+
+def at_full_speed(rig):
+    """Have `slide` move at full speed; return the list that takes its (stamp_ns, position)."""
+    moving(rig)
+    motion, sent = rig.node._control.motion, []
+    publish = motion._publish
+
+    def record(command):
+        sent.append((command.stamp_ns, command.values[0]))
+        publish(command)
+
+    motion._publish = record
+    rig.act(constant(LOWER if motion.last_command[0] > MIDDLE[0] else UPPER))
+    until(lambda: len(sent) > 2 and motion.guard.motion(
+        now_ns=sent[-1][0], period_s=0.02)[1, 0] ** 2 > (0.99 * SPEED) ** 2, 'full speed',
+        each=rig.feeder.steadily())
+    return sent
+
+
+def require_gentle(sent):
+    """From full speed to rest, and nowhere beyond the limits; a late command moves no more."""
+    stamps_ns, positions = (np.array(each) for each in zip(*sent))
+    periods_s = np.minimum(np.diff(stamps_ns) / 1e9, 0.02)
+    speeds = np.diff(positions) / periods_s
+    changes = 2 * np.diff(speeds) / (periods_s[1:] + periods_s[:-1])
+    changes[(np.diff(stamps_ns) > 80e6)[1:]] = 0.0     # after a gap the robot counts as standing
+    assert np.abs(speeds).max() > 0.98 * SPEED and abs(speeds[-1]) < 1e-6
+    assert np.abs(speeds).max() <= SPEED * (1 + 1e-6)
+    assert np.abs(changes).max() <= ACCELERATION * (1 + 1e-6)
+
+
+def test_a_disabled_robot_slows_down_within_its_limits_and_falls_silent_at_rest(rig):
+    sent = at_full_speed(rig)
+    call(rig, 'enable', False)
+    until(lambda: not rig.node._control.motion._streaming, 'the end of the stream',
+          each=rig.feeder.steadily())
+    require_gentle(sent)
+
+
+@pytest.mark.parametrize('then', [(), ('cleanup', 'configure')])
+def test_deactivation_returns_when_the_robot_has_slowed_down_within_its_limits(rig, then):
+    sent = at_full_speed(rig)
+    began_s = time.monotonic()
+    assert rig.transition('deactivate')
+    assert SPEED / ACCELERATION < time.monotonic() - began_s < STOP_S + SETTLE_S + 0.5
+    count = len(sent)
+    require_gentle(sent)
+    assert all(rig.transition(name) for name in then) and len(sent) == count
+
+
+def test_cleaning_up_a_node_that_is_interrupted_slows_the_robot_down_too(rig):
+    sent = at_full_speed(rig)
+    with rig.node._inputs:                    # as at Ctrl-C: no transition comes before
+        rig.node._active = False
+    control = rig.node._control
+    control._node.executor.create_task(control.leave, 'released')
+    until(lambda: not control.motion._streaming, 'the end of the stream')
+    require_gentle(sent)
+    assert rig.transition('deactivate')
+
+
+def test_the_emergency_stop_is_heard_while_the_node_is_being_deactivated(rig):
+    sent = at_full_speed(rig)
+    deactivation = threading.Thread(target=rig.transition, args=('deactivate',))
+    deactivation.start()
+    until(lambda: rig.node._control.motion.stopped == 'deactivated', 'a stop')
+    assert call(rig, 'estop', True).success
+    count, speed = len(sent), np.diff([position for _, position in sent[-3:-1]])[0] / 0.02
+    deactivation.join()
+    assert len(sent) == count and abs(speed) > 0.1 * SPEED
 
 
 def test_when_pictures_end_the_stream_comes_to_rest_and_ends(rig):

@@ -114,6 +114,15 @@ def test_receding_horizon_waits_until_its_steps_were_handed_out_or_the_chunk_end
     assert values + played(timeline, [110, 120, 130]) == expected
 
 
+def test_the_velocity_is_that_of_the_line_and_not_of_the_step_from_chunk_to_chunk():
+    timeline = Timeline(period_ns=10)
+    assert timeline.velocity(100) is None
+    timeline.add(timed(100, [1.1, 1.2, 1.5]))
+    timeline.add(timed(105, [7.0, 7.2], first_due_ns=111))
+    assert [round(timeline.velocity(now).item()) for now in (100, 109, 110, 111, 120, 121)] == [
+        10_000_000, 10_000_000, 30_000_000, 20_000_000, 20_000_000, 0]
+
+
 def test_a_step_counts_once_however_often_it_is_asked_for_and_a_skipped_one_does_not():
     timeline = Timeline(period_ns=10, mode=RecedingHorizon(steps=2))
     timeline.add(timed(100, [1.0, 1.1, 1.2, 1.3]))

@@ -100,10 +100,12 @@ class Guard:
                         if not kind.endswith(('clamped', 'slowed'))})
 
     def check(self, chunk: ActionChunk, *, now_ns: int, start: np.ndarray | None = None,
-              state: np.ndarray | None = None) -> SafeChunk:
+              state: np.ndarray | None = None, motion: np.ndarray | None = None) -> SafeChunk:
         """Return the steps still due at `now_ns`; Rejected (counted by kind) otherwise.
 
         start: (A,) where the robot is, in the units of the action. state: (P,) as observed.
+        motion: (3, A) position, velocity and acceleration that are commanded now; None where the
+        robot stands. A first step that is clamped continues from there.
         """
         try:
             self._require_familiar(state)
@@ -117,13 +119,16 @@ class Guard:
                                           f'picture too old')
             timed = TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns,
                                  actions=actions[-len(timed.actions):])
-            return self._sealed(self._steady(timed, start))
+            return self._sealed(self._steady(timed, start, now_ns, motion))
         except Rejected as error:
             self.interventions[error.kind] += 1
             raise
 
-    def command(self, target: np.ndarray | None, *, now_ns: int, period_s: float) -> SafeCommand:
+    def command(self, target: np.ndarray | None, *, now_ns: int, period_s: float,
+                velocity: np.ndarray | None = None) -> SafeCommand:
         """Return the next command of a stream on the way to `target` (A,); None is a stop.
+
+        velocity: (A,) with which the target moves on, by default as it came from the last one.
 
         Between the commands of a stream all limits hold, whatever the targets are: see `Limiter`.
         Call `stand` first. period_s: of the control loop; a call that comes earlier moves less,
@@ -140,7 +145,7 @@ class Guard:
             self._limiter.stand(np.clip(self._robot.action_space.at_rest(self._limiter.position),
                                         self._box.lower, self._box.upper))
         if passed_s > 0:
-            self._limiter.step(target, min(passed_s, period_s))
+            self._limiter.step(target, min(passed_s, period_s), velocity)
             self._commanded_ns = now_ns
         return SafeCommand(values=self._limiter.position, stamp_ns=now_ns,
                            space=self._robot.action_space, seal=_GUARD_SEAL)
@@ -175,18 +180,14 @@ class Guard:
         if start is not None:
             position = np.where(np.isnan(start[1]), plan.actions[0], start[1])
             velocity = np.nan_to_num(start[2])
-            whole = TimedActions(stamp_ns=plan.stamp_ns, due_ns=[start[0], *plan.due_ns],
-                                 actions=np.vstack([position, plan.actions]))
+            whole = _with_first(plan, start[0], position)
         excess = _excess(whole, self.limits)
         if any((excess[kind] > 1 + LIMIT_TOLERANCE).any() for kind in RATES) \
                 or not self._continues(whole, velocity, start):
             self.interventions['seam clamped'] += 1
             whole = self._tracked(whole, np.clip(whole.actions[0], self._box.lower,
                                                  self._box.upper), velocity)
-        if start is not None:
-            whole = TimedActions(stamp_ns=plan.stamp_ns, due_ns=whole.due_ns[1:],
-                                 actions=whole.actions[1:])
-        return self._sealed(whole)
+        return self._sealed(whole if start is None else _without_first(whole))
 
     def _continues(self, whole: TimedActions, velocity: np.ndarray, start) -> bool:
         """Whether the first gap of a plan begins with this velocity, but for the acceleration."""
@@ -201,6 +202,22 @@ class Guard:
     def commanded(self) -> np.ndarray:
         """Return the last command of the stream (A,), where it stands before the first."""
         return self._limiter.position
+
+    def motion(self, *, now_ns: int, period_s: float) -> np.ndarray:
+        """Return position, velocity and acceleration of the stream at `now_ns`, (3, A).
+
+        It goes on from the last command as it was moving then, for one control period at most;
+        after a gap it counts as standing, as in `command`.
+        """
+        position, velocity, acceleration = self._limiter.state
+        passed_s = max(0.0, (now_ns - self._commanded_ns) / 1e9) if self._commanded_ns else 0.0
+        if passed_s > _GAP_PERIODS * period_s:
+            still = np.zeros(len(position))
+            return np.stack([self._robot.action_space.at_rest(position), still, still])
+        passed_s = min(passed_s, period_s)
+        ahead = position + velocity * passed_s + acceleration * passed_s**2 / 2
+        return np.stack([np.clip(ahead, self._box.lower, self._box.upper),
+                         velocity + acceleration * passed_s, acceleration])
 
     def stand(self, position: np.ndarray) -> None:
         """Begin a stream of commands from where the robot stands, (A,) in the action's units.
@@ -273,7 +290,8 @@ class Guard:
             actions = np.clip(actions, limits.lower, limits.upper)
         return actions
 
-    def _steady(self, timed: TimedActions, start: np.ndarray | None) -> TimedActions:
+    def _steady(self, timed: TimedActions, start: np.ndarray | None, now_ns: int,
+                motion: np.ndarray | None) -> TimedActions:
         """Return the steps with a first one near the robot, and within the limits of change."""
         names, tolerance = self._robot.action_space.dimensions, self._settings.first_step
         if start is not None and tolerance is not None:
@@ -286,7 +304,8 @@ class Guard:
                                                  f'{start[worst]:.6g}, at most '
                                                  f'{tolerance[worst]:g} apart is allowed')
                 self.interventions['first_step clamped'] += 1
-                timed = self._tracked(timed, self._inside(start))
+                timed = (self._tracked(timed, self._inside(start)) if motion is None else
+                         _without_first(self.follow(timed, now_ns=now_ns, motion=motion)))
         excess = _excess(timed, self.limits)
         for kind in RATES:
             worst = int(np.argmax(excess[kind]))
@@ -307,15 +326,24 @@ class Guard:
     def _remedy(self, kind: str) -> str:
         return self._settings.remedies.get(kind, REJECT)
 
-    def _tracked(self, timed: TimedActions, start: np.ndarray,
-                 velocity: np.ndarray | None = None) -> TimedActions:
+    def follow(self, timed: TimedActions, *, now_ns: int, motion: np.ndarray) -> TimedActions:
+        """Return what a robot does within the limits that follows the steps from now on.
+
+        It begins with where it is. motion: (3, A), what it does now, as for `check`.
+        """
+        position = np.clip(motion[0], self._box.lower, self._box.upper)
+        begin_ns = min(now_ns, int(timed.due_ns[0]) - 1)
+        return self._tracked(_with_first(timed, begin_ns, position), position, *motion[1:])
+
+    def _tracked(self, timed: TimedActions, start: np.ndarray, velocity: np.ndarray | None = None,
+                 acceleration: np.ndarray | None = None) -> TimedActions:
         """Return what a robot does that follows the steps from `start` within limits.
 
-        velocity: (A,) that it has there, 0 by default.
+        velocity, acceleration: (A,) that it has there, 0 by default.
         """
         limiter = Limiter(self._box, start)
         if velocity is not None:
-            limiter.move(start, velocity)
+            limiter.move(start, velocity, acceleration)
         actions = [start, *(limiter.step(action, gap_ns / 1e9) for action, gap_ns
                             in zip(timed.actions[1:], np.diff(timed.due_ns)))]
         return TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns,
@@ -340,6 +368,16 @@ class Guard:
         return TimedActions(stamp_ns=timed.stamp_ns,
                             due_ns=timed.due_ns[0] + np.ceil(since).astype(np.int64),
                             actions=np.where(rate, timed.actions / factor, timed.actions))
+
+
+def _with_first(timed: TimedActions, due_ns: int, action: np.ndarray) -> TimedActions:
+    return TimedActions(stamp_ns=timed.stamp_ns, due_ns=np.append(due_ns, timed.due_ns),
+                        actions=np.vstack([action, timed.actions]))
+
+
+def _without_first(timed: TimedActions) -> TimedActions:
+    return TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns[1:],
+                        actions=timed.actions[1:])
 
 
 def _excess(timed: TimedActions, limits: Limits) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from ruckig import (
 from meanflow_ros.core.limits import Limits
 
 _ROUNDING = 1e-9   # share of a dimension's range
+_SLOWER = 0.999    # share of its velocity limit with which a target may move away
 
 
 class Limiter:
@@ -40,12 +41,20 @@ class Limiter:
         """Stand still at `position` (A,), which must lie within the limits."""
         self.move(position, np.zeros(len(position)))
 
-    def move(self, position: np.ndarray, velocity: np.ndarray) -> None:
-        """Pass `position` (A,), within the limits, with `velocity` if that can be stopped."""
+    def move(self, position: np.ndarray, velocity: np.ndarray,
+             acceleration: np.ndarray | None = None) -> None:
+        """Pass `position` (A,), within the limits, with `velocity` if that can be stopped.
+
+        acceleration: (A,) that it has there, 0 by default.
+        """
         assert ((position >= self._limits.lower) & (position <= self._limits.upper)).all()
-        velocity = np.clip(velocity, -self._velocity, self._velocity)
-        state = np.array(position, np.float64), velocity, np.zeros(len(position))
-        state[1][~self._can_stop(state) | self._free] = 0.0
+        acceleration = np.zeros(len(position)) if acceleration is None else acceleration
+        state = (np.array(position, np.float64),
+                 np.clip(velocity, -self._velocity, self._velocity),
+                 np.clip(acceleration, -self._acceleration, self._acceleration))
+        standing = ~self._can_stop(state) | self._free
+        for values in state[1:]:
+            values[standing] = 0.0
         self._state = state
         self._last_target: np.ndarray | None = None
 
@@ -54,14 +63,23 @@ class Limiter:
         """Return the present command (A,)."""
         return self._state[0].copy()
 
-    def step(self, target: np.ndarray | None, period_s: float) -> np.ndarray:
-        """Return the command (A,) after `period_s` on the way to `target`; None is a stop."""
+    @property
+    def state(self) -> np.ndarray:
+        """Return position, velocity and acceleration of the present command, (3, A)."""
+        return np.array(self._state)
+
+    def step(self, target: np.ndarray | None, period_s: float,
+             velocity: np.ndarray | None = None) -> np.ndarray:
+        """Return the command (A,) after `period_s` on the way to `target`; None is a stop.
+
+        velocity: (A,) with which the target moves on, by default as it came from the last one.
+        """
         stopped = _after(self._stop(self._state), period_s)
         if target is None:
             self._last_target, chosen = None, stopped
         else:
             target = np.clip(target, self._limits.lower, self._limits.upper)
-            moved = self._approach(target, period_s)
+            moved = self._approach(target, self._clipped(target, velocity, period_s), period_s)
             self._last_target = target
             safe = self._can_stop(moved)
             chosen = tuple(np.where(safe, ours, theirs) for ours, theirs in zip(moved, stopped))
@@ -71,34 +89,51 @@ class Limiter:
         self._state = chosen
         return self.position
 
-    def _approach(self, target: np.ndarray, period_s: float):
+    def _clipped(self, target: np.ndarray, velocity: np.ndarray | None,
+                 period_s: float) -> np.ndarray:
+        """Return the velocity (A,) of the target: slower than what follows it may be."""
+        if velocity is None:
+            velocity = (np.zeros(len(target)) if self._last_target is None
+                        else (target - self._last_target) / period_s)
+        fastest = _SLOWER * self._velocity
+        return np.clip(velocity, -fastest, fastest)
+
+    def _approach(self, target: np.ndarray, velocity: np.ndarray, period_s: float):
         """Return the state after a step of the fastest way to the target, NaN where none is found.
 
-        The target moves on at its own velocity. There is a way to every target; in rare states
-        rounding hides it from Ruckig, mostly for that velocity only.
+        The target is there at the end of the step and moves on with `velocity`. There is a way to
+        every target; in rare states rounding hides it from Ruckig, mostly for that velocity only.
         """
         still = np.zeros(len(target))
-        velocity = still if self._last_target is None else np.clip(
-            (target - self._last_target) / period_s, -self._velocity, self._velocity)
         everything = slice(None)
         with contextlib.suppress(RuckigError, ValueError):
-            return _after(self._trajectory(self._state, ControlInterface.Position, target,
-                                           velocity, everything), period_s)
+            return self._towards(target, velocity, period_s, everything)
         result = tuple(np.full(len(target), np.nan) for _ in self._state)
         for index in range(len(target)):
             one = slice(index, index + 1)
             for choice in (velocity, still):
                 with contextlib.suppress(RuckigError, ValueError):
-                    state = _after(self._trajectory(self._state, ControlInterface.Position,
-                                                    target, choice, one), period_s)
+                    state = self._towards(target, choice, period_s, one)
                     for values, value in zip(result, state):
                         values[one] = value
                     break
         return result
 
+    def _towards(self, target: np.ndarray, velocity: np.ndarray, period_s: float, which: slice):
+        """Return the state of the dimensions in `which` after a step, seen from the target.
+
+        There the target stands at 0, and a robot that is behind has only to be faster than it;
+        to arrive at one place with one velocity it might have to step back for a run-up.
+        """
+        position, speed, acceleration = self._state
+        seen = position - target + velocity * period_s, speed - velocity, acceleration
+        position, speed, acceleration = _after(
+            self._trajectory(seen, ControlInterface.Position, velocity, which), period_s)
+        return position + target[which], speed + velocity[which], acceleration
+
     def _stop(self, state) -> Trajectory:
-        return self._trajectory(state, ControlInterface.Velocity, state[0],
-                                np.zeros(len(state[0])), slice(None))
+        return self._trajectory(state, ControlInterface.Velocity, np.zeros(len(state[0])),
+                                slice(None))
 
     def _can_stop(self, state) -> np.ndarray:
         """Return (A,) bool: which dimensions can stop inside their position limits."""
@@ -111,20 +146,24 @@ class Limiter:
         return (found & (lowest >= self._limits.lower - self._slack)
                 & (highest <= self._limits.upper + self._slack))
 
-    def _trajectory(self, state, control: ControlInterface, target: np.ndarray,
-                    velocity: np.ndarray, which: slice) -> Trajectory:
-        """Return the trajectory of the dimensions in `which`, each by itself."""
-        limits = self._velocity[which], self._acceleration[which], self._limits.jerk[which]
-        size = len(limits[0])
+    def _trajectory(self, state, control: ControlInterface, seen_from: np.ndarray,
+                    which: slice) -> Trajectory:
+        """Return the trajectory to rest, at 0 by position, of the dimensions in `which`.
+
+        Each goes by itself. seen_from: the velocity (A,) of that from which the state is seen.
+        """
+        velocity, acceleration = self._velocity[which], self._acceleration[which]
+        lowest, highest = -velocity - seen_from[which], velocity - seen_from[which]
+        size = len(velocity)
         ask = InputParameter(size)
         ask.control_interface = control
         ask.synchronization = Synchronization.No
         ask.current_position = state[0][which]   # clipped: rounding may lead beyond a limit
-        ask.current_velocity = np.clip(state[1][which], -limits[0], limits[0])
-        ask.current_acceleration = np.clip(state[2][which], -limits[1], limits[1])
-        ask.target_position, ask.target_velocity = target[which], velocity[which]
-        ask.target_acceleration = np.zeros(size)
-        ask.max_velocity, ask.max_acceleration, ask.max_jerk = limits
+        ask.current_velocity = np.clip(state[1][which], lowest, highest)
+        ask.current_acceleration = np.clip(state[2][which], -acceleration, acceleration)
+        ask.target_position = ask.target_velocity = ask.target_acceleration = np.zeros(size)
+        ask.min_velocity, ask.max_velocity = lowest, highest
+        ask.max_acceleration, ask.max_jerk = acceleration, self._limits.jerk[which]
         result = Trajectory(size)
         code = Ruckig(size).calculate(ask, result)
         if code not in (Result.Working, Result.Finished):

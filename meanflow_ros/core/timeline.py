@@ -50,6 +50,16 @@ def value_at(timed: TimedActions, time_ns: int, period_ns: int) -> np.ndarray | 
     return timed.actions[step] if since < period_ns else None
 
 
+def velocity_at(timed: TimedActions, time_ns: int, period_ns: int) -> np.ndarray:
+    """Return how fast (A,) the action of a chunk changes after a time, per s; 0 where it holds."""
+    step = int(np.searchsorted(timed.due_ns, time_ns, side='right')) - 1
+    if 0 <= step < len(timed.due_ns) - 1:
+        gap = int(timed.due_ns[step + 1] - timed.due_ns[step])
+        if 2 * gap <= 3 * period_ns:
+            return (timed.actions[step + 1] - timed.actions[step]) / (gap / 1e9)
+    return np.zeros(timed.actions.shape[1])
+
+
 @dataclass(eq=False)
 class _Chunk:
     """A chunk in the buffer. from_ns: it may be used from then on. used: steps handed out."""
@@ -219,6 +229,16 @@ class Timeline:
                 self.consumed += 1
             chunk.used.add(step)
         return self._mixed(parts, now_ns)
+
+    def velocity(self, now_ns: int) -> np.ndarray | None:
+        """Return how fast (A,) the action that is due at `now_ns` changes, None if none is.
+
+        Where one chunk takes over from another it is that of the new one: the step between them
+        is no motion.
+        """
+        parts, _ = self._blend(now_ns, self._active)
+        return np.sum([weight * velocity_at(chunk.timed, now_ns, self.period_ns)
+                       for chunk, weight in parts], axis=0) if parts else None
 
     def plan(self, now_ns: int) -> TimedActions | None:
         """Return what will be handed out from `now_ns` on if no other chunk comes.

@@ -67,6 +67,11 @@ class Motion:
         return self._accepted_ns is not None
 
     @property
+    def rests(self) -> bool:
+        """Whether no stream is on its way to rest, or followed; trajectories end by themselves."""
+        return not self._streaming or self._rest_ns is not None
+
+    @property
     def streams(self) -> bool:
         """Whether `tick` must be called at the control rate."""
         return any(output.streams for output in self.outputs)
@@ -87,8 +92,10 @@ class Motion:
             self.timeline.discarded['silenced'] += 1
             return None
         self._require_followed(now_ns)
-        start = None if not self._measured else self._start_of(chunk)
-        safe = self.guard.check(chunk, now_ns=now_ns, state=state, start=start)
+        start = self._start_of(chunk)
+        safe = self.guard.check(chunk, now_ns=now_ns, state=state,
+                                start=start if self._measured else None,
+                                motion=self._under_way(start, now_ns))
         if not self._somebody_listens(now_ns):
             self._stop_for(NO_SUBSCRIBER, now_ns)
             return safe
@@ -99,7 +106,7 @@ class Motion:
         self._accepted_ns, self._stop, self.stopped, self._rest_ns = now_ns, None, None, None
         for output in self.outputs:
             if not output.streams:
-                self._send_chunk(output, self._planned(now_ns) or safe, now_ns)
+                self._send_chunk(output, self.timeline.plan(now_ns) or safe.timed, now_ns)
         return safe
 
     def tick(self, now_ns: int) -> None:
@@ -134,6 +141,11 @@ class Motion:
             path = None      # the clock has jumped: that is not where the robot is
         if path is None and not self._streaming:
             return           # the controller has come to the end of its last trajectory
+        if path is not None:     # as it is executed, which may lag far behind
+            motion = self._under_way(np.where(np.isnan(self._felt), path.actions[0], self._felt),
+                                     now_ns, stopping=True)
+            path = path if motion is None else self.guard.follow(path, now_ns=now_ns,
+                                                                 motion=motion)
         self._stop = self._safe_action(path, now_ns)
         for output in self.outputs:
             if not output.streams:
@@ -146,6 +158,11 @@ class Motion:
             self._stop = _constant(self._still())
             self._publish(self.guard.last_command(now_ns=now_ns, period_s=self.config.period_s))
             self._streaming, self._silenced_ns = False, now_ns
+
+    def hold(self) -> None:
+        """Stop a stream within the limits, wherever the safe action has led it."""
+        if self._streaming:
+            self._stop = _constant(self.robot.action_space.at_rest(self.guard.commanded))
 
     def _is_coming_to_rest(self, now_ns: int) -> bool:
         """Whether a stream has just been silenced: its controllers may still move."""
@@ -160,14 +177,38 @@ class Motion:
             self.robot.horizon, self.robot.action_space.size) else np.full(len(self._felt), np.nan)
         return np.where(np.isnan(self._felt), first, self._felt)
 
-    def _send_chunk(self, output, safe: SafeChunk, now_ns: int) -> None:
+    def _under_way(self, start: np.ndarray, now_ns: int, *,
+                   stopping: bool = False) -> np.ndarray | None:
+        """Return position, velocity and acceleration that are commanded now, (3, A).
+
+        None where nothing is. An output that does not move yet stands at `start` (A,). stopping:
+        a joint of a stream that is measured too far from where it was sent does not stand there.
+        """
+        motion = np.zeros((3, len(start)))
+        motion[0], known = start, False
+        for output in self.outputs:
+            columns = output.columns
+            if output.streams and self._streaming:
+                sent = self.guard.motion(now_ns=now_ns, period_s=self.config.period_s)[:, columns]
+                astray = np.abs(self._felt[columns] - sent[0]) > self._tolerance(output)
+                motion[:, columns] = np.where(astray & (not stopping), motion[:, columns], sent)
+            elif not output.streams and output.set_point(now_ns) is not None:
+                motion[:2, columns] = self._set_point(output, now_ns)
+            else:
+                continue
+            known = True
+        return motion if known else None
+
+    def _send_chunk(self, output, timed: TimedActions, now_ns: int) -> None:
         """Send what lies ahead, on a way within the limits from where the controller is.
 
         A step nearer than half a period is left out: the way to it would be steep for nothing.
         """
         start = self._set_point(output, now_ns)
-        ahead = output.ahead(safe.timed, now_ns, self.robot.period_s / 2)
-        if start is not None and ahead is not None:
+        ahead = output.ahead(timed, now_ns, self.robot.period_s / 2)
+        if start is None or ahead is None:
+            safe = self.guard.check_plan(timed)
+        else:
             whole = np.full((2, self.robot.action_space.size), np.nan)
             whole[:, output.columns] = start
             safe = self.guard.check_plan(ahead, start=(now_ns, *whole))
@@ -227,11 +268,6 @@ class Motion:
         self.guard.stand(np.where(space.is_rate, 0.0, position))
         self._streaming = True
 
-    def _planned(self, now_ns: int) -> SafeChunk | None:
-        """Return what the timeline will hand out, as a chunk that the guard has seen whole."""
-        plan = self.timeline.plan(now_ns)
-        return None if plan is None else self.guard.check_plan(plan)
-
     def _somebody_listens(self, now_ns: int) -> bool:
         if self.config.require_subscribers and (
                 self.unheard or now_ns - self._looked_ns >= _SUBSCRIBERS_S * NANOSECONDS
@@ -246,9 +282,13 @@ class Motion:
         if target is None:
             target = self._still()
         self._target = target
-        command = self.guard.command(target, now_ns=now_ns, period_s=self.config.period_s)
+        command = self.guard.command(
+            target, now_ns=now_ns, period_s=self.config.period_s,
+            velocity=self.timeline.velocity(now_ns) if target is due else None)
+        before = self.last_command
         self._publish(command)
-        if self._stop is None or not np.array_equal(command.values, target):
+        if self._stop is None or before is None or not (
+                np.array_equal(command.values, target) and np.array_equal(before, target)):
             self._rest_ns = None
         elif self._rest_ns is None:
             self._rest_ns = now_ns
@@ -283,7 +323,7 @@ class Motion:
         due_ns = now_ns + lead_ns + period_ns * np.arange(count)
         actions = np.array([self._stop(int(due)) for due in due_ns])
         plan = TimedActions(stamp_ns=now_ns, due_ns=due_ns, actions=actions)
-        self._send_chunk(output, self.guard.check_plan(plan), now_ns)
+        self._send_chunk(output, plan, now_ns)
 
 
 def _constant(command: np.ndarray):

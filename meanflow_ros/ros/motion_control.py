@@ -30,6 +30,7 @@ from meanflow_ros.ros.outputs import Output, make_output
 from meanflow_ros.ros.parameters import PolicyParameters
 
 HEARTBEAT_S = 0.1
+SETTLE_S = 0.5      # that a stream may need beyond `stop_s` to come to rest
 
 
 class MotionControl:
@@ -57,7 +58,7 @@ class MotionControl:
         self._wall = rclpy.clock.Clock(clock_type=rclpy.clock.ClockType.STEADY_TIME)
         self._heartbeat = node.create_publisher(Header, '~/heartbeat', 10)
         node.create_timer(HEARTBEAT_S, self._beat, clock=self._wall)
-        node.create_service(SetBool, '~/estop', self._on_estop)
+        self._estop = node.create_service(SetBool, '~/estop', self._on_estop)
         node.create_service(SetBool, '~/enable', self._on_enable)
 
     def configure(self, policy: Policy, settings: PolicyParameters) -> None:
@@ -85,10 +86,10 @@ class MotionControl:
                 QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL), raw=True)
 
     def release(self) -> None:
-        """Stop the robot and free what `configure` made."""
+        """Stop the robot, as `leave` does, and free what `configure` made."""
+        self.leave('released')
         with self._lock:
             if self.motion is not None:
-                self.silence('released')
                 self._commanded = (self.motion.robot.action_space.dimensions,
                                    self.motion.last_command)
             self.motion = self._policy = None
@@ -134,6 +135,46 @@ class MotionControl:
         """Halt, and send no command any more."""
         if self.motion is not None:
             self.motion.silence(reason, self._node.get_clock().now().nanoseconds)
+
+    def leave(self, reason: str) -> None:
+        """Do the safe action, return when the streams rest, and send no command any more.
+
+        Call it without the lock, when no chunk is accepted any more, on the executor's thread: it
+        listens to `~/estop`. It takes `stop_s` and at most `SETTLE_S` more; twice that where
+        `neutral` is too far away, and the robot holds where it has come to.
+        """
+        with self._lock:
+            if self.motion is None:
+                return
+            self.halt(reason)
+            stop_s = self.motion.config.stop_s
+        if not self._rests_within(stop_s + SETTLE_S):
+            with self._lock:
+                self.motion.hold()
+            self._rests_within(SETTLE_S)
+        with self._lock:
+            self.silence(reason)
+
+    def _rests_within(self, seconds: float) -> bool:
+        """Control until the streams rest; False if they do not in this time."""
+        next_s = time.monotonic()
+        end_s = next_s + seconds
+        while self.motion is not None and not self.motion.rests:
+            if next_s > end_s:
+                return False
+            now_s = time.monotonic()
+            next_s = max(next_s + self.motion.config.period_s, now_s)
+            time.sleep(next_s - now_s)
+            self._hear_estop()
+            self._control()
+        return True
+
+    def _hear_estop(self) -> None:
+        """Answer `~/estop` while a transition keeps the executor from it."""
+        with self._estop.handle:
+            request, header = self._estop.handle.service_take_request(SetBool.Request)
+        if header is not None:
+            self._estop.send_response(self._on_estop(request, SetBool.Response()), header)
 
     def clock_jumped(self, now_ns: int) -> None:
         """Rest where the robot is: no time of the old clock means anything now."""
@@ -241,7 +282,7 @@ class MotionControl:
         if now_ns != self._advanced[0]:
             self._advanced = now_ns, steady_s
         elif steady_s - self._advanced[1] > self.motion.config.deadline_s \
-                and self.motion.stopped is None:
+                and (self.motion.stopped is None or not self.motion.rests):
             self.silence('the clock stands')
 
     def _on_estop(self, request, response):
@@ -258,8 +299,8 @@ class MotionControl:
 
     def _on_enable(self, request, response):
         with self._lock:
-            if self.enabled and not request.data and self.motion is not None:
-                self.silence('disabled')
+            if self.enabled and not request.data:
+                self.halt('disabled')
             self.enabled = request.data
         self._node.get_logger().info('enabled' if request.data else 'disabled')
         response.success = True

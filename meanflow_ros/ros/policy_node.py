@@ -191,10 +191,10 @@ class PolicyNode(LifecycleNode):
         return super().on_activate(state)
 
     def on_deactivate(self, state):
-        """Stop at once; a chunk that is being inferred is thrown away."""
+        """Bring the robot to rest; a chunk that is being inferred is thrown away."""
         with self._inputs:
             self._active = False
-            self._control.silence('deactivated')
+        self._control.leave('deactivated')
         self.get_logger().info('inactive: no chunk is published from now on')
         return super().on_deactivate(state)
 
@@ -216,9 +216,10 @@ class PolicyNode(LifecycleNode):
         return SUCCESS
 
     def _release(self) -> None:
-        self._control.release()
         with self._inputs:
             self._active = False
+        self._control.release()
+        with self._inputs:
             policy, self._policy = self._policy, None
             self._inputs.notify_all()
         if self._thread is not None:

@@ -229,13 +229,13 @@ def _parameters() -> list[Fault]:
                      end=_set(name, back))
 
     return [
-        change('execution', 'open_loop', 'receding_horizon:2'),
-        change('execution', 'ensemble:0.1', 'receding_horizon:2'),
-        change('execution', 'receding_horizon:4', 'receding_horizon:2'),
+        change('execution', 'open_loop', 'receding_horizon'),
+        change('execution', 'ensemble:0.1', 'receding_horizon'),
+        change('execution', 'receding_horizon:4', 'receding_horizon'),
         change('sampler_steps', 4, 0),
         change('seed', 7, 0),
-        change('execution', 'real_time:4', 'receding_horizon:2', accepted=False),
-        change('execution', 'sometimes', 'receding_horizon:2', accepted=False),
+        change('execution', 'real_time:4', 'receding_horizon', accepted=False),
+        change('execution', 'sometimes', 'receding_horizon', accepted=False),
         change('sampler_steps', 10**6, 0, accepted=False),
         change('seed', -1, 0, accepted=False),
         Fault(name='parameter: checkpoint refused while active',

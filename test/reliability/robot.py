@@ -24,9 +24,7 @@ CONTROL_RATE_HZ = 50.0
 MAX_AGE_S, DEADLINE_S, STOP_S = 0.3, 0.4, 0.3
 TOPICS = {'trajectory': 'arm/joint_trajectory', 'forward': 'elbow/commands',
           'twist': 'servo/twist'}
-# Its chunks begin anywhere and are followed from where the robot is: some steps of them must be.
-PARAMETERS = {'threads': 1, 'execution': 'receding_horizon:2', 'max_age_s': MAX_AGE_S,
-              'max_skew_s': 0.1, 'autostart': True}
+PARAMETERS = {'threads': 1, 'max_age_s': MAX_AGE_S, 'max_skew_s': 0.1, 'autostart': True}
 
 
 def write_motion(path: Path) -> Path:
