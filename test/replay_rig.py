@@ -34,7 +34,8 @@ class Fake:
         self.seen = []
 
     def __call__(self, observations, seeds, steps=None):
-        return [self.answer(each, seed, steps) for each, seed in zip(observations, seeds)]
+        return [self.answer(*each) for each in zip(observations, seeds,
+                                                   steps or [None] * len(seeds))]
 
     def answer(self, observation, seed, steps):
         actions = np.stack([self.truth(int(due)) for due in self.robot.due_ns(
@@ -42,6 +43,9 @@ class Fake:
         return ActionChunk(actions=actions + self.error(observation, seed, steps),
                            stamp_ns=observation.stamp_ns, period_s=self.robot.period_s,
                            first_step=self.robot.first_step)
+
+    def settle(self):
+        pass
 
     def infer(self, queue):
         for taken in queue:

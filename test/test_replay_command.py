@@ -18,6 +18,7 @@ from micro_policy import DIMENSIONS, HEIGHT, JOINTS, LOWER, UPPER, WIDTH
 from meanflow_ros.core.schema import to_plain
 from meanflow_ros.evaluation.evaluate import main as evaluate
 from meanflow_ros.evaluation.replay import command, jobs
+from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.ros.bag_files import METADATA
 
 REAL = Path(os.environ.get('MEANFLOW_TEST_DATA',
@@ -117,6 +118,25 @@ def test_a_checkpoint_is_replayed_and_a_second_run_computes_nothing_anew(
     monkeypatch.setattr(jobs, 'replay_bag', None)     # would be called again
     assert evaluate(arguments) == 0
     assert json.loads((tmp_path / 'out' / 'metrics.json').read_text()) == first
+
+
+def test_threads_and_batches_change_no_result(micro_checkpoint, tmp_path):
+    micro_bag(tmp_path / 'bag', 900)
+    episodes = []
+    for name, threads, batch in (('one', 1, 16), ('three', 3, 2), ('singly', 2, 1)):
+        assert evaluate(['replay', str(tmp_path / 'bag'), '--checkpoint', str(micro_checkpoint),
+                         '--out', str(tmp_path / name), '--latency', '20ms', '--probe-every',
+                         '0.2', '--threads', str(threads), '--batch', str(batch)]) == 0
+        (path,) = (tmp_path / name / 'parts').glob('*/*.npz')
+        episodes.append(EpisodeReplay.load(path))
+        (recording,) = json.loads((tmp_path / name / 'metrics.json').read_text())['recordings']
+        assert recording['inferred'] >= 60 and recording['inference_s'] > 0
+    for other in episodes[1:]:
+        assert np.abs((other.actions - episodes[0].actions) / (UPPER - LOWER)).max() < 1e-5
+        assert other.probes.keys() == episodes[0].probes.keys()
+        for probe, chunks in episodes[0].probes.items():
+            np.testing.assert_allclose(other.probes[probe] / (UPPER - LOWER),
+                                       chunks / (UPPER - LOWER), atol=1e-5, rtol=0)
 
 
 def test_an_interrupted_run_keeps_its_episodes_and_goes_on(run, bag, monkeypatch):

@@ -64,6 +64,12 @@ class FusedNetwork(nn.Module):
         known: x (B, T, A) and which of its steps are given (B, T), see `meanflow.with_prefix`.
         """
         keys, values = self.dit.keys_and_values(context)
+        return self.sample(keys, values, bias, state, noise, schedule, steps, known)
+
+    def sample(self, keys: Tensor, values: Tensor, bias: Tensor | None, state: Tensor | None,
+               noise: Tensor, schedule: Schedule, steps: int,
+               known: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Do as `decide`, from the keys and values of a context."""
         modulations = self.dit.modulations(schedule, state, known[1] if known else None)
         constants = iter(zip(modulations, schedule.offsets))
 

@@ -312,14 +312,19 @@ class FusedVision(nn.Module):
         self.text_norm = _frozen_norm(bart.layernorm_embedding, place)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        batch = len(pictures)
-        x = pictures.flatten(0, 1).flatten(1, 2)                   # (N, S S, 3)
+        return self.together(self.each(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]))
+
+    def each(self, pictures: Tensor) -> Tensor:
+        """Return the tokens (N, tokens, D) of pictures (N, S, S, 3), whichever camera's."""
+        x = pictures.flatten(1, 2)                                 # (N, S S, 3)
         for layer in self.layers:
             x = layer(x)
         x = self.projection(x)                                     # linear: so is the mean
-        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positions
-        x = self.norm(x).unflatten(0, (batch, -1)).flatten(1, 2)   # (B, C tokens, D)
-        return self.text_norm(x + self.text_positions)
+        return self.norm(torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positions)
+
+    def together(self, tokens: Tensor) -> Tensor:
+        """Return the tokens of all cameras (B, C, tokens, D) as one sequence (B, C tokens, D)."""
+        return self.text_norm(tokens.flatten(1, 2) + self.text_positions)
 
 
 def _projected_positions(projector: nn.Module, grid: tuple[int, int], place: Placement) -> Tensor:

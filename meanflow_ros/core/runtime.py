@@ -247,7 +247,7 @@ class FastPolicy(Policy):
         if noise is None:
             noise = torch.cat([self.noise(observation.stamp_ns, seed)
                                for observation, seed in zip(observations, seeds)])
-        state, known = self._states(observations), None
+        state, known = self.states(observations), None
         if any(map(len, prefixes)):
             x, given = self.known_steps(prefixes, observations)
             known = x.float().cpu(), given.cpu()
@@ -257,7 +257,8 @@ class FastPolicy(Policy):
             prompt=self._prompt(tuple(clean_instruction(o.instruction) for o in observations)),
             schedule=self._schedules.get(steps, lambda: self._made(self.fused.schedule(steps))))
 
-    def _states(self, observations: Sequence[Observation]) -> np.ndarray:
+    def states(self, observations: Sequence[Observation]) -> np.ndarray:
+        """Return the normalised states (B, P); ValueError as `act` says."""
         names = self.robot.state_names
         if not names:
             return np.zeros((len(observations), 0), np.float32)

@@ -5,6 +5,7 @@ Each way of being wrong has a kind, which NoObservation names.
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from dataclasses import dataclass
 
@@ -114,7 +115,11 @@ class Stream:
         self.same = self.same + 1 if equal else 1
 
     def nearest(self, stamp_ns: int) -> tuple[int, object]:
-        return min(self.items, key=lambda entry: abs(entry[0] - stamp_ns))
+        """Return the entry nearest in time, the earlier of two; stamps rise."""
+        after = bisect.bisect_left(self.items, stamp_ns, key=lambda entry: entry[0])
+        around = [self.items[place] for place in (after - 1, after)
+                  if 0 <= place < len(self.items)]
+        return min(around, key=lambda entry: abs(entry[0] - stamp_ns))
 
     def rate_hz(self) -> float:
         """Return messages per second of those that are kept; inf for fewer than half of them."""

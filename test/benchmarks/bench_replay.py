@@ -1,6 +1,7 @@
 """How fast a replay is, and how much memory it takes, whatever the length of the recording.
 
     python test/benchmarks/bench_replay.py speed    # against real time, and in batches
+    python test/benchmarks/bench_replay.py speed --preset large --device cuda    # on a GPU
     python test/benchmarks/bench_replay.py memory   # a bag of 2 GB on disk against one of 20 MB
 
 Both make their bags in a temporary directory and remove them.
@@ -12,11 +13,14 @@ import argparse
 import contextlib
 import io
 import json
+import os
+import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -27,12 +31,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import made_bags as made  # noqa: E402
 from meanflow_ros.core.contract import Observation  # noqa: E402
-from meanflow_ros.core.policy import DTYPES, Policy  # noqa: E402
+from meanflow_ros.core.encoding_once import EncodingOnce, Question  # noqa: E402
+from meanflow_ros.core.policy import DTYPES, Policy, read_config  # noqa: E402
+from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions  # noqa: E402
+from meanflow_ros.evaluation.bench.subjects import observations, random_policy  # noqa: E402
 from meanflow_ros.evaluation.evaluate import main as evaluate  # noqa: E402
 from meanflow_ros.paths import default_checkpoint  # noqa: E402
 from meanflow_ros.ros.bag import BagWriter  # noqa: E402
 
 MS = 1_000_000
+BARE = RuntimeOptions(graphs=False, kernels=False)   # as the replay
 CAMERA_HZ, STATE_HZ, ACTION_HZ = 30, 100, 40
 
 
@@ -85,62 +93,136 @@ def replayed(arguments: list[str]) -> float:
 
 
 def speed(options) -> None:
-    """Print the speed of whole replays, and of the policy in batches and one by one."""
-    checkpoint = options.checkpoint or default_checkpoint()
-    policy = Policy.load(checkpoint, device=options.device, dtype=DTYPES[options.dtype])
-    robot = policy.robot
-    width, height = robot.cameras[0].width, robot.cameras[0].height
+    """Print the speed of whole replays, and of the network one by one and in batches."""
+    found = {'machine': platform.processor(), 'cores': os.cpu_count(), 'device': options.device,
+             'dtype': options.dtype, 'torch': torch.__version__}
+    if options.device.startswith('cuda'):
+        found['device'] = torch.cuda.get_device_name(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        bag = Path(folder, 'bag')
-        write_bag(bag, robot, options.seconds, width=width, height=height, jpeg=True)
-        common = [str(bag), '--checkpoint', str(checkpoint), '--no-mcap', '--device',
-                  options.device, '--dtype', options.dtype, '--batch', str(options.batch)]
-        runs = {'recorded commands, every observation': ['--policy', 'recorded'],
-                f'policy, latency {options.latency}, no probes': [
-                    '--latency', options.latency, '--probe-every', '0'],
-                f'policy, latency {options.latency}, probes every 2 s': [
-                    '--latency', options.latency]}
-        print(f'{options.seconds:g} s, {len(robot.cameras)} cameras {width}x{height} jpeg at '
-              f'{CAMERA_HZ} Hz, {torch.get_num_threads()} threads, {options.device}')
-        for number, (name, more) in enumerate(runs.items()):
-            out = Path(folder, f'out{number}')
-            seconds = replayed([*common, *more, '--out', str(out)])
-            found = json.loads((out / 'metrics.json').read_text())
-            print(f'{name:48} {seconds:6.1f} s  {options.seconds / seconds:6.1f} x real time  '
-                  f'{found["counts"]["observations"]} observations  network '
-                  f'{found["recordings"][0]["inference_s"]:.1f} s')
-    batches(policy, options)
+        checkpoint = options.checkpoint or a_checkpoint(options.preset, Path(folder, 'policy'))
+        if not options.no_replays:
+            found['replays'] = replays(checkpoint, Path(folder), options)
+        found['network'] = network(checkpoint, options)
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + '\n')
 
 
-def batches(policy: Policy, options) -> None:
-    """Print the rate one by one and in batches, and the largest difference of their chunks."""
-    random, robot = np.random.default_rng(1), policy.robot
-    observations = [Observation(
-        stamp_ns=i + 1, instruction='open the drawer', state=random.normal(
-            size=len(robot.state_names)), images={camera.name: random.integers(
-                0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
-                for camera in robot.cameras}) for i in range(options.count)]
+def a_checkpoint(preset: str, folder: Path) -> Path:
+    """Return the checkpoint that ships, which is tiny, or one of random weights."""
+    if preset == 'tiny':
+        return default_checkpoint()
+    random_policy(preset).save(folder, dtype=torch.bfloat16)
+    return folder
 
-    def chunks(size: int):
-        return [chunk.actions for start in range(0, len(observations), size)
-                for chunk in policy.act_batch(observations[start:start + size],
-                                              seeds=[0] * len(observations[start:start + size]))]
 
-    found, rates = {}, {}
-    for size in (1, options.batch):
-        chunks(size)
-        start = time.perf_counter()
-        found[size] = np.array(chunks(size))
-        rates[size] = len(observations) / (time.perf_counter() - start)
-        print(f'batches of {size:4}: {rates[size]:8.1f} observations/s')
+def replays(checkpoint: Path, folder: Path, options) -> list[dict]:
+    """Time whole replays of one recording, from the arguments to what is written."""
+    robot = read_config(checkpoint / 'policy.yaml').robot
+    width, height = robot.cameras[0].width, robot.cameras[0].height
+    bag = folder / 'bag'
+    write_bag(bag, robot, options.seconds, width=width, height=height, jpeg=True)
+    common = [str(bag), '--checkpoint', str(checkpoint), '--no-mcap', '--device', options.device,
+              '--dtype', options.dtype, '--batch', str(options.batch)]
+    print(f'{options.seconds:g} s, {len(robot.cameras)} cameras {width}x{height} jpeg at '
+          f'{CAMERA_HZ} Hz, {options.device}, {options.dtype}')
+    replayed([*common, '--policy', 'recorded', '--duration', '1', '--out', str(folder / 'warm')])
+    runs = [('recorded commands, every observation', ['--policy', 'recorded'])]
+    for threads in options.threads:
+        given = ['--latency', options.latency, '--threads', str(threads)]
+        name = f'policy, latency {options.latency}, {threads or "default"} threads'
+        runs += [(f'{name}, no probes', [*given, '--probe-every', '0']),
+                 (f'{name}, probes every 2 s', given)]
+    found = []
+    for number, (name, more) in enumerate(runs):
+        out = folder / f'out{number}'
+        seconds = replayed([*common, *more, '--out', str(out)])
+        metrics = json.loads((out / 'metrics.json').read_text())
+        found.append({
+            'what': name, 'seconds': seconds, 'times_real_time': options.seconds / seconds,
+            'observations': metrics['counts']['observations'],
+            'network_s': metrics['recordings'][0]['inference_s']})
+        print(f'{name:56} {seconds:6.1f} s  {options.seconds / seconds:6.1f} x real time  '
+              f'{found[-1]["observations"]} observations  network '
+              f'{found[-1]["network_s"]:.1f} s of its threads', flush=True)
+    return found
+
+
+def network(checkpoint: Path, options) -> list[dict]:
+    """Time the network as the replay runs it: batches of 1, and larger ones.
+
+    Differences are the largest from batches of 1, in shares of each dimension's range.
+    """
+    if options.device.startswith('cuda'):
+        torch.backends.cudnn.allow_tf32 = False
+    robot = read_config(checkpoint / 'policy.yaml').robot
+    seen = observations(robot, options.count)
     span = robot.action_space.upper - robot.action_space.lower
-    apart = (np.abs(found[1] - found[options.batch]) / span).max()
-    print(f'{rates[options.batch] / rates[1]:.1f} x; largest difference {apart:.1e} of the range')
+    rows, first = [], None
+    for name, answer in ways(checkpoint, options):
+        chunks, rate = rate_of(answer, seen)
+        first = (chunks, rate) if first is None else first
+        rows.append({'way': name, 'observations_per_s': rate, 'times_unbatched': rate / first[1],
+                     'largest_difference': float((np.abs(chunks - first[0]) / span).max())})
+        print(f'{name:40} {rate:8.1f} observations/s  {rate / first[1]:5.1f} x  '
+              f'{rows[-1]["largest_difference"]:.1e} of the range', flush=True)
+    return rows
+
+
+def ways(checkpoint: Path, options) -> Iterator[tuple[str, Callable]]:
+    """Yield what is timed, the batches of 1 first; each returns chunks of observations.
+
+    One network at a time is held.
+    """
+    device, dtype = options.device, DTYPES[options.dtype]
+    yield from in_batches(checkpoint, device, dtype, (1, *options.batches))
+    yield 'Policy, one by one', one_by_one(Policy.load(checkpoint, device=device, dtype=dtype))
+    if device.startswith('cuda'):
+        node = FastPolicy.load(checkpoint, device=device, dtype=dtype)
+        node.warm_up(observations(node.robot, 1)[0])
+        yield f'the node, one by one, {node.why_eager or "CUDA graphs"}', one_by_one(node)
+        node.close()
+    if dtype != torch.float32:
+        yield 'float32, one by one', one_by_one(FastPolicy.load(checkpoint, device=device,
+                                                                options=BARE))
+
+
+def in_batches(checkpoint: Path, device: str, dtype: torch.dtype,
+               sizes: Sequence[int]) -> Iterator[tuple[str, Callable]]:
+    """Yield what the replay does with batches of each size."""
+    policy = FastPolicy.load(checkpoint, device=device, dtype=dtype, options=BARE)
+    steps = policy.config.sampler_steps
+
+    def of(size: int) -> Callable:
+        answer = EncodingOnce(policy, batch=size)
+        return lambda seen: [chunk for start in range(0, len(seen), size) for chunk in answer(
+            [Question(each, 0, steps) for each in seen[start:start + size]])]
+
+    for size in sizes:
+        yield f'batches of {size}', of(size)
+
+
+def one_by_one(policy: Policy) -> Callable:
+    """Return what answers observations each by itself."""
+    return lambda seen: [policy.act(each) for each in seen]
+
+
+def rate_of(answer: Callable, seen: Sequence[Observation]) -> tuple[np.ndarray, float]:
+    """Return chunks (N, T, A) in their units, and observations/s, the best of three.
+
+    Chunks are in host memory when they are returned: the device is done then.
+    """
+    answer(seen)
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        chunks = answer(seen)
+        best = max(best, len(seen) / (time.perf_counter() - start))
+    return np.array([chunk.actions for chunk in chunks]), best
 
 
 def memory(options) -> None:
     """Print the peak memory of replays of a small and a large bag, each in its own process."""
-    robot = Policy.load(default_checkpoint()).robot
+    robot = read_config(default_checkpoint() / 'policy.yaml').robot
     per_s = 2 * CAMERA_HZ * 640 * 480 * 3
     for megabytes in options.megabytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -165,16 +247,21 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     fast = commands.add_parser('speed')
     fast.add_argument('--checkpoint', type=Path)
+    fast.add_argument('--preset', choices=('tiny', 'large'), default='tiny',
+                      help='the checkpoint that ships, or a large one of random weights')
     fast.add_argument('--seconds', type=float, default=60.0)
     fast.add_argument('--latency', default='100ms')
     fast.add_argument('--device', default='cpu')
     fast.add_argument('--dtype', choices=DTYPES, default='float32')
-    fast.add_argument('--batch', type=int, default=16)
+    fast.add_argument('--batch', type=int, default=0, help='of the replays')
+    fast.add_argument('--threads', type=int, nargs='+', default=[0], help='of a CPU')
+    fast.add_argument('--batches', type=int, nargs='+', default=[8, 16, 32, 64])
     fast.add_argument('--count', type=int, default=64, help='observations for the batches')
+    fast.add_argument('--no-replays', action='store_true', help='time the network only')
+    fast.add_argument('--out', type=Path, help='of the figures, as JSON')
     fast.set_defaults(run=speed)
     much = commands.add_parser('memory')
     much.add_argument('--megabytes', type=float, nargs='+', default=(20, 2000))
-
     much.set_defaults(run=memory)
     once = commands.add_parser('replay-once')
     once.add_argument('bag')

@@ -16,7 +16,8 @@ from meanflow_ros.evaluation.replay.comparison import FIELDS, compare
 from meanflow_ros.evaluation.replay.gate import Condition
 from meanflow_ros.evaluation.replay.latency import MEASURED
 from meanflow_ros.evaluation.replay.running import find_bags, replay
-from meanflow_ros.evaluation.replay.settings import CHECKPOINT, POLICIES, RECEDING, ReplaySettings
+from meanflow_ros.evaluation.replay.settings import (
+    BATCH, BATCH_ON_CPU, CHECKPOINT, POLICIES, RECEDING, ReplaySettings)
 from meanflow_ros.ros.streams import PICTURE_SIZES
 
 OK, WRONG, GATED, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
@@ -78,9 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="when an input counts as missing, as the node's parameters")
     robot.add_argument('--device', default='cpu', help='auto, cpu, cuda or cuda:N (default cpu)')
     robot.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-    robot.add_argument('--batch', type=int, default=16,
-                       help='observations that are inferred at a time (default 16); changes no '
-                       'result')
+    robot.add_argument('--batch', type=int, default=0,
+                       help=f'observations that are inferred at a time (default {BATCH_ON_CPU} on '
+                       f'a CPU, else {BATCH}); changes no result')
+    robot.add_argument('--threads', type=int, default=0,
+                       help="of a CPU, each with a batch of its own (default: PyTorch's choice)")
     probes = parser.add_argument_group('probes')
     probes.add_argument('--probe-every', type=float, default=2.0, metavar='S',
                         help='seconds from one observation that is asked again, with other noise '

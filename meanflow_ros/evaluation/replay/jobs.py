@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from meanflow_ros.evaluation.replay.acting import Acting, make_acting
 from meanflow_ros.evaluation.replay.parts import Parts
 from meanflow_ros.evaluation.replay.replay_bag import BagReport, replay_bag
@@ -89,8 +87,7 @@ def run_with_ray(bags: Sequence[Path], settings: ReplaySettings, directory: Path
 
 def _begin_worker(settings: ReplaySettings) -> None:
     global _acting
-    torch.set_num_threads(1)
-    _acting = make_acting(settings)
+    _acting = make_acting(dataclasses.replace(settings, threads=1))
 
 
 def _work_in_process(bag: Path, settings: ReplaySettings, directory: Path,

@@ -63,6 +63,9 @@ class LiveNode:
             taken.chunk, taken.known = whole_chunk(timed, self._robot)
             self.chunks += 1
 
+    def settle(self) -> None:
+        """Do nothing: every chunk is there."""
+
     def play(self, bag: Bag, topics: Topics, start_ns: int, stop_ns: int | None, told,
              ) -> tuple[dict[int, int], dict[str, str]]:
         """Play a bag; return stamp -> when the chunk came, and what the node says of itself.

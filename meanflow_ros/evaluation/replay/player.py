@@ -36,7 +36,8 @@ POLL_NS = 100_000_000        # as the node's inference thread, which looks at le
 class Player:
     """Replays one bag; `take` and `end` yield every episode that ends, or why it cannot be used.
 
-    infer(batch of Taken): sets the chunk of each; it is called with up to `batch` of them.
+    infer(batch of Taken): sets the chunk of each, a lone one's at once, others' until `settle`
+    returns; it is called with up to `batch` of them, of which it keeps what it needs.
     instructions: of the episodes, where no topic has them. wanted: whether the n-th episode is.
     prober: is offered every observation that is taken. answers: stamp -> when a node's answer
     came; then these observations are taken, and no latency is drawn.
@@ -44,13 +45,15 @@ class Player:
 
     def __init__(self, bag: str, robot: RobotSpec, data: DataConfig, topics: Topics, *,
                  infer: Callable[[Sequence[Taken]], None], latency: Latency, seed: int = 0,
+                 settle: Callable[[], None] = lambda: None,
                  batch: int = 16, mode: Mode | None = None, guard: GuardSettings | None = None,
                  instructions: Instructions | str | None = None,
                  wanted: Callable[[int], bool] = lambda number: True,
                  prober: Prober | None = None, answers: Mapping[int, int] | None = None,
                  limits: IngestLimits | None = None):
         self._bag, self._robot, self._data, self._topics = bag, robot, data, topics
-        self._infer, self._latency, self._seed = infer, latency, seed
+        self._infer, self._settle = infer, settle
+        self._latency, self._seed = latency, seed
         self._mode, self._guard = mode or RecedingHorizon(), guard
         self._foresees = decides_what_is_inferred(self._mode)
         self._batch = 1 if self._foresees else batch
@@ -327,6 +330,7 @@ class Player:
             running.require_comparable(self._data.max_action_gap * self._robot.period_s,
                                        self._missing[0] if self._missing else '')
             self._flush()
+            self._settle()
             if self._missing is not None:
                 running.missing.append((*self._missing, now_ns or running.actions[0].end_ns()))
             probed, probes = (self._prober.answers() if self._prober

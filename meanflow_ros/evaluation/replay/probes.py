@@ -7,6 +7,7 @@ input changed. Every answer uses the noise of the replay, so that only what is n
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,7 +25,8 @@ Variant = tuple[str, list[Observation], list[int], int | None]
 class Prober:
     """Chooses observations and asks the variants; `answers` gives variant -> chunks (Q, T, A).
 
-    act(observations, seeds, steps): the policy. every_s: from one probed observation to the next.
+    act(observations, seeds, steps): the policy; steps: NFE of each, None for its own. every_s:
+    from one probed observation to the next.
     swap: instruction -> what is said in its place, '' if there is nothing else to say. flow:
     whether the policy starts from noise at all.
     """
@@ -66,14 +68,18 @@ class Prober:
     def _ask(self) -> None:
         if not self._waiting:
             return
-        for name, observations, seeds, steps in self._variants():
-            asked = [row for row, each in enumerate(observations) if each is not None]
-            chunks = self._act([observations[row] for row in asked],
-                               [seeds[row] for row in asked], steps) if asked else []
-            shape = chunks[0].actions.shape if chunks else self._found[AS_IS][0].shape[1:]
-            answer = np.full((len(observations), *shape), np.nan)
-            for row, chunk in zip(asked, chunks):
-                answer[row] = chunk.actions
+        variants = self._variants()
+        # What shows the same pictures is asked together, so that it is encoded once.
+        asked = [(row, name, observations[row], seeds[row], steps)
+                 for row in range(len(self._waiting))
+                 for name, observations, seeds, steps in variants if observations[row] is not None]
+        _, _, *questions = zip(*asked)
+        chunks = self._act(*questions)
+        answers = {name: np.full((len(self._waiting), *chunks[0].actions.shape), np.nan)
+                   for name, *_ in variants}
+        for (row, name, *_), chunk in zip(asked, chunks, strict=True):
+            answers[name][row] = chunk.actions
+        for name, answer in answers.items():
             self._found.setdefault(name, []).append(answer)
         self._waiting = []
 
@@ -115,7 +121,13 @@ class Prober:
 
 
 def _blank(image: np.ndarray, camera: str) -> np.ndarray:
-    return np.full_like(image, BLANK)
+    return _grey(image.shape)
+
+
+@functools.lru_cache(4)
+def _grey(shape: tuple[int, ...]) -> np.ndarray:
+    """Return one array for all pictures of a shape, so that it is encoded once."""
+    return np.full(shape, BLANK, np.uint8)
 
 
 def _changing(camera: str, change: Callable) -> Callable[[Observation], Observation | None]:

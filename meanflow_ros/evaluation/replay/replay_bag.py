@@ -59,9 +59,10 @@ def replay_bag(path: Path, settings: ReplaySettings, acting, report: BagReport, 
         player = Player(
             bag.name, settings.robot, settings.data, topics, answers=answers,
             limits=settings.limits,
-            latency=settings.latency, seed=settings.seed, batch=settings.batch,
+            latency=settings.latency, seed=settings.seed, batch=settings.at_a_time,
             instructions=instructions,
-            infer=acting.infer if acting else lambda queue: None, mode=settings.mode,
+            infer=acting.infer if acting else lambda queue: None,
+            settle=acting.settle if acting else lambda: None, mode=settings.mode,
             guard=settings.guard, prober=_prober(settings, acting),
             wanted=lambda number: not done(number) and (not settings.episodes
                                                         or number in settings.episodes))

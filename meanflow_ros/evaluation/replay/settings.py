@@ -25,6 +25,7 @@ from meanflow_ros.training.data_config import DataConfig
 CHECKPOINT, RECORDED, LIVE = 'checkpoint', 'recorded', 'live'
 POLICIES = (CHECKPOINT, RECORDED)
 RECEDING = 'receding_horizon'
+BATCH_ON_CPU, BATCH = 8, 32   # caches are small, and many batches are shared evenly by threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,10 @@ class ReplaySettings:
     error, or a node that runs (live). sampler_steps: NFE, 0 for the checkpoint's own. remaps: the
     policy's name of a topic -> the bag's. start_s, duration_s: of each bag, from its first
     message; duration 0 is all. episodes: which episodes of each bag, by their order; empty is all.
-    instruction: told in place of the recorded ones. probe_every_s: seconds between probed
-    observations, 0 for no probes. noise_seeds: seeds drawn per probed observation.
+    instruction: told in place of the recorded ones. batch: observations that are inferred at a
+    time, 0 for a good number. threads: of a CPU, 0 for PyTorch's own choice. probe_every_s:
+    seconds between probed observations, 0 for no probes. noise_seeds: seeds drawn per probed
+    observation.
     swapped_instruction: what the probe says, '' for another of `known_instructions`, those of the
     recordings. execution: as the parameter of the node. motion: a motion file, whose limits the
     guard applies; '' for the checkpoint's. min_rate_hz, frozen_pictures, picture_size: as the
@@ -52,7 +55,8 @@ class ReplaySettings:
     seed: int = 0
     device: str = 'cpu'
     dtype: str = 'float32'
-    batch: int = 16
+    batch: int = 0
+    threads: int = 0
     remaps: Mapping[str, str] = field(default_factory=dict)
     start_s: float = 0.0
     duration_s: float = 0.0
@@ -77,7 +81,7 @@ class ReplaySettings:
             raise ValueError('a checkpoint is needed: --checkpoint DIR')
         if not 0 <= self.sampler_steps <= MAX_STEPS:
             raise ValueError(f'sampler_steps must be 0 to {MAX_STEPS}, got {self.sampler_steps}')
-        for name, least in (('batch', 1), ('noise_seeds', 2)):
+        for name, least in (('batch', 0), ('threads', 0), ('noise_seeds', 2)):
             if getattr(self, name) < least:
                 raise ValueError(f'{name} must be at least {least}, got {getattr(self, name)}')
         for name in ('start_s', 'duration_s', 'probe_every_s'):
@@ -97,6 +101,11 @@ class ReplaySettings:
             return RecedingHorizon()
         from meanflow_ros.ros.motion_config import read_mode
         return read_mode(self.execution)
+
+    @property
+    def at_a_time(self) -> int:
+        """Return how many observations are one batch."""
+        return self.batch or (BATCH_ON_CPU if self.device == 'cpu' else BATCH)
 
     @property
     def limits(self) -> IngestLimits:
@@ -134,9 +143,9 @@ class ReplaySettings:
     def fingerprint(self) -> str:
         """Return a short text that is equal for settings that compute the same.
 
-        The batch is left out: it changes no result.
+        The batch and the threads are left out: they change no result.
         """
-        plain = self.plain() | {'batch': 0, 'weights': _weights(self.checkpoint)}
+        plain = self.plain() | {'batch': 0, 'threads': 0, 'weights': _weights(self.checkpoint)}
         text = json.dumps(plain, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
