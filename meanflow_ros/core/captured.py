@@ -1,8 +1,9 @@
 """CUDA graphs of a FusedNetwork, from pictures in host memory to actions in host memory.
 
-A graph is fixed to addresses and to a GraphShape. It is captured on a thread of its own while
-chunks go on being computed eagerly. Three streams keep the two apart: a stream has a workspace of
-cuBLAS of its own, and what a graph was captured with may be used by nothing that runs beside it.
+A graph is fixed to addresses and to a GraphShape; an inference is three graphs. They are captured
+on a thread of their own while chunks go on being computed eagerly. Three streams keep the two
+apart: a stream has a workspace of cuBLAS of its own, and what a graph was captured with may be
+used by nothing that runs beside it.
 """
 
 from __future__ import annotations
@@ -101,22 +102,26 @@ def _numbers(request: Request) -> list[Tensor]:
 
 
 class StaticAct:
-    """One inference on buffers that never move, of batch 1: what a graph is captured from.
+    """One inference on buffers that never move, of batch 1: what graphs are captured from.
 
-    Where host memory can be pinned the copies to and from the device are part of it; elsewhere
-    (a CPU, or a device that shares the host's memory) they are made before and after.
+    It is done in `stages`, so that the first can begin to run while the others are started: to
+    start a graph takes the host time for each of its kernels. Where host memory can be pinned the
+    copies to and from the device are part of them; elsewhere (a CPU, or a device that shares the
+    host's memory) they are made before and after.
     """
 
     def __init__(self, network: FusedNetwork, request: Request, *, pinned: bool):
         device, dtype = network.place.device, network.place.dtype
         self._network, self._pinned = network, pinned
         self._schedule, self._steps = request.schedule, request.steps
-        shapes = picture_shapes(1, request.sizes)
-        self._host = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned) for shape in shapes]
-        numbers = _numbers(request)
-        self._host.append(torch.zeros(sum(map(torch.Tensor.numel, numbers)), pin_memory=pinned))
+        self.stages = self._prepare, self._see, self._decide
+        self._host = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
+                      for shape in picture_shapes(1, request.sizes)]
         self._device = [torch.empty_like(host, device=device) for host in self._host]
-        parts = self._device[-1].split([part.numel() for part in numbers])
+        numbers = _numbers(request)
+        self._host_numbers = torch.zeros(sum(map(torch.Tensor.numel, numbers)), pin_memory=pinned)
+        self._numbers = torch.empty_like(self._host_numbers, device=device)
+        parts = self._numbers.split([part.numel() for part in numbers])
         self._state, self._noise, *self._known = (
             part.view(like.shape) for part, like in zip(parts, numbers))
         self._prompt: Prompt | None = None
@@ -126,26 +131,38 @@ class StaticAct:
                                     device=device)
         self._result = torch.zeros(self._actions.shape, pin_memory=pinned)
 
-    def load(self, request: Request) -> None:
-        """Put a request into the buffers."""
-        lay_out(self._host[:-1], request.images)
-        torch.cat([part.flatten() for part in _numbers(request)], out=self._host[-1])
+    def load_pictures(self, request: Request) -> None:
+        """Put what the first stage takes into the buffers."""
+        lay_out(self._host, request.images)
+        if not self._pinned:
+            self._upload(self._host, self._device)
+
+    def load_rest(self, request: Request) -> None:
+        """Put what the last stage takes into the buffers."""
+        torch.cat([part.flatten() for part in _numbers(request)], out=self._host_numbers)
         if request.prompt is not self._prompt:
             self._embedded.copy_(request.prompt.embedded)
             self._bias.copy_(request.prompt.bias)
             self._prompt = request.prompt
         if not self._pinned:
-            self._upload()
+            self._upload([self._host_numbers], [self._numbers])
 
-    def run(self) -> None:
-        """Compute the actions of what is in the buffers; this is what is captured."""
+    def _prepare(self) -> None:
         if self._pinned:
-            self._upload()
+            self._upload(self._host, self._device)
+        self._pixels = self._network.prepare(self._device)
+
+    def _see(self) -> None:
+        self._visual = self._network.see(self._pixels)
+
+    def _decide(self) -> None:
+        if self._pinned:
+            self._upload([self._host_numbers], [self._numbers])
         known = (self._known[0], self._known[1] > 0) if self._known else None
-        self._actions.copy_(self._network(
-            self._device[:-1], self._embedded, self._bias,
-            self._state if self._state.numel() else None, self._noise, self._schedule,
-            self._steps, known))
+        context = self._network.read(self._visual, self._embedded, self._bias)
+        self._actions.copy_(self._network.decide(
+            context, self._bias, self._state if self._state.numel() else None, self._noise,
+            self._schedule, self._steps, known))
         if self._pinned:
             self._result.copy_(self._actions, non_blocking=True)
 
@@ -155,9 +172,10 @@ class StaticAct:
             self._result.copy_(self._actions)
         return self._result.numpy().astype(np.float64)
 
-    def _upload(self) -> None:
-        for host, device in zip(self._host, self._device):
-            device.copy_(host, non_blocking=True)
+    @staticmethod
+    def _upload(host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
+        for source, target in zip(host, device):
+            target.copy_(source, non_blocking=True)
 
 
 class CudaGraphs:
@@ -183,24 +201,21 @@ class CudaGraphs:
         """Return what computes requests of this one's shape; RuntimeError says why it cannot."""
         with torch.cuda.stream(self._warm):
             act = StaticAct(self._network, request, pinned=self._pinned)
-            act.load(request)
+            act.load_pictures(request)
+            act.load_rest(request)
             for _ in range(WARM_UP_RUNS):
-                act.run()
+                for stage in act.stages:
+                    stage()
             self._warm.synchronize()
             expected = act.result()
-        graph = torch.cuda.CUDAGraph()
-        # Not torch.cuda.graph(): it collects garbage and empties caches, which stalls inference.
-        # thread_local: other threads use the device meanwhile.
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode='thread_local')
-            try:
-                act.run()
-            finally:
-                graph.capture_end()
+        first, *others = map(self._captured, act.stages)
 
         def replay(request: Request) -> np.ndarray:
-            act.load(request)
-            graph.replay()
+            act.load_pictures(request)
+            first.replay()
+            act.load_rest(request)
+            for graph in others:
+                graph.replay()
             torch.cuda.current_stream().synchronize()
             return act.result()
 
@@ -209,6 +224,18 @@ class CudaGraphs:
         if not difference <= GRAPH_TOLERANCE:
             raise RuntimeError(f'the graph is {difference:.2g} off the eager run')
         return replay
+
+    def _captured(self, stage: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph(): it collects garbage and empties caches, which stalls inference.
+        # thread_local: other threads use the device meanwhile.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode='thread_local')
+            try:
+                stage()
+            finally:
+                graph.capture_end()
+        return graph
 
 
 class GraphCache:

@@ -70,6 +70,8 @@ class FusedNetwork(nn.Module):
                noise: Tensor, schedule: Schedule, steps: int,
                known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Do as `decide`, from the keys and values of a context."""
+        if not self.dit.is_one_kernel(keys):
+            keys = self.dit.keys_and_values.normalised(keys)
         modulations = self.dit.modulations(schedule, state, known[1] if known else None)
         constants = iter(zip(modulations, schedule.offsets))
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meanflow_ros.core import kernels
+from meanflow_ros.core import kernels, persistent
 from meanflow_ros.core.dit import (
     ActionDiT, FlowBlock, SelfAttention, rotary_tables, standardize)
 from meanflow_ros.core.fused_encoder import Placement
@@ -122,6 +122,8 @@ class FusedFlowBlock(nn.Module):
 class KeysAndValues(nn.Module):
     """Context (B, S, C) -> keys and values of all blocks, each (blocks, B, heads, S, d).
 
+    The keys still need `normalised`, which one kernel for all blocks does itself.
+
     The context's own norm and projection are in the weight. The scales of the query's norm are
     multiplied on with those of the key's, so that the query needs none.
     """
@@ -141,7 +143,11 @@ class KeysAndValues(nn.Module):
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         both = self.project(rms_norm(context)).unflatten(-1, (self.blocks, 2, self.heads, -1))
         keys, values = both.permute(3, 2, 0, 4, 1, 5).unbind(0)
-        return rms_norm(keys) * self.scale, values
+        return keys, values
+
+    def normalised(self, keys: Tensor) -> Tensor:
+        """Return the keys as the blocks take them."""
+        return rms_norm(keys) * self.scale
 
 
 class Modulation(nn.Module):
@@ -189,7 +195,10 @@ class Modulation(nn.Module):
 
 
 class FusedDiT(nn.Module):
-    """Velocities of one action space, for chunks of a fixed horizon."""
+    """Velocities of one action space, for chunks of a fixed horizon.
+
+    why_apart: why the blocks are not one kernel (core/persistent.py); '' if they are.
+    """
 
     def __init__(self, dit: ActionDiT, space: str, horizon: int, place: Placement):
         super().__init__()
@@ -197,6 +206,10 @@ class FusedDiT(nn.Module):
         self.keys_and_values = KeysAndValues(dit, place)
         self.modulation = Modulation(dit, space, place)
         self.blocks = nn.ModuleList(FusedFlowBlock(b, horizon, place) for b in dit.blocks)
+        self.why_apart, self._stacked = self._why_apart(), None
+        if not self.why_apart:
+            self._stacked = persistent.StackedWeights.of(
+                self.blocks, self.keys_and_values.scale.view(len(self.blocks), -1))
         self.encoder = _frozen_mlp(dit.action_encoders[space], place)
         self.state_encoder = (_frozen_mlp(dit.state_encoders[space], place)
                               if space in dit.state_encoders else None)
@@ -238,9 +251,23 @@ class FusedDiT(nn.Module):
                  values: Tensor, bias: Tensor | None) -> Tensor:   # z (B, T, A)
         """Return the velocity (B, T, A) of one evaluation: its modulation and offset."""
         x = self.encoder(z.to(self.place.dtype))                   # (B, T, D)
-        for block, of_block, k, v in zip(self.blocks, modulation, keys, values):
-            x = block(x, of_block, k, v, bias)
+        if self.is_one_kernel(keys):
+            x = persistent.run_blocks(x[0], self._stacked, modulation[:, :, 0], keys[:, 0],
+                                      values[:, 0], bias, keys.shape[2])[None]
+        else:
+            for block, of_block, k, v in zip(self.blocks, modulation, keys, values):
+                x = block(x, of_block, k, v, bias)
         return self.decode_out(self.decode_in(rms_norm(x)) + offset).to(z.dtype)
+
+    def is_one_kernel(self, keys: Tensor) -> bool:
+        """Return whether the blocks are one kernel for these keys (blocks, B, heads, S, d)."""
+        return not self.why_apart and keys.shape[1] == 1 and keys.shape[3] <= kernels.MOST_KEYS
+
+    def _why_apart(self) -> str:
+        block = self.blocks[0]
+        if not block.kernels:
+            return 'there are no kernels for its blocks'
+        return persistent.why_not(*reversed(block.mlp_proj.weight.shape), self.place.device)
 
 
 class TimeConstants:

@@ -25,8 +25,8 @@ MOST_KEYS = 512        # of `cross_attention` and of a window
 MOST_TOKENS = 1024     # of `channel_attention`: one program goes through them all
 EPS = 1e-6
 # Whether a kernel of the DiT may start, and fetch its weights, while the one before it runs
-# (programmatic dependent launch). Right by the compiler's output, but not run on a GPU yet.
-START_EARLY = False
+# (programmatic dependent launch).
+START_EARLY = True
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
@@ -118,13 +118,13 @@ if triton is not None:
         tl.store(out + place, total.to(out.dtype.element_ty), kept)
 
     @triton.jit
-    def _self_attention(qkv, straight, swapped, out, rows, heads, scale, EPSILON: tl.constexpr,
-                        M: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
-        head, row, d = tl.program_id(0), tl.arange(0, M), tl.arange(0, D)
+    def _attend_own(qkv, straight, swapped, out, head, rows, heads, scale, EPSILON: tl.constexpr,
+                    M: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+        row, d = tl.arange(0, M), tl.arange(0, D)
         turned = (d + D // 2) % D
         kept = row[:, None] < rows
         across = heads * D
-        at = row[:, None] * 3 * across + head * D
+        qkv += row[:, None] * 3 * across + head * D
         table = row[:, None] * 2 * D + d[None, :]
         q_straight = tl.load(straight + table, kept, 0.0).to(tl.float32)
         q_swapped = tl.load(swapped + table, kept, 0.0).to(tl.float32)
@@ -133,14 +133,15 @@ if triton is not None:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-        q = _norm(tl.load(qkv + at + d[None, :], kept, 0.0).to(tl.float32), D, EPSILON)
-        k = _norm(tl.load(qkv + at + across + d[None, :], kept, 0.0).to(tl.float32), D, EPSILON)
-        p = _norm(tl.load(qkv + at + turned[None, :], kept, 0.0).to(tl.float32), D, EPSILON)
-        r = _norm(tl.load(qkv + at + across + turned[None, :], kept, 0.0).to(tl.float32), D,
-                  EPSILON)
-        v = tl.load(qkv + at + 2 * across + d[None, :], kept, 0.0)
-        q = q * q_straight + p * q_swapped
-        k = k * k_straight + r * k_swapped
+        q = tl.load(qkv + d[None, :], kept, 0.0, cache_modifier='.cg')
+        p = tl.load(qkv + turned[None, :], kept, 0.0, cache_modifier='.cg')
+        k = tl.load(qkv + across + d[None, :], kept, 0.0, cache_modifier='.cg')
+        r = tl.load(qkv + across + turned[None, :], kept, 0.0, cache_modifier='.cg')
+        v = tl.load(qkv + 2 * across + d[None, :], kept, 0.0, cache_modifier='.cg')
+        q = (_norm(q.to(tl.float32), D, EPSILON) * q_straight
+             + _norm(p.to(tl.float32), D, EPSILON) * q_swapped)
+        k = (_norm(k.to(tl.float32), D, EPSILON) * k_straight
+             + _norm(r.to(tl.float32), D, EPSILON) * k_swapped)
         scores = tl.dot(q.to(v.dtype), tl.trans(k.to(v.dtype))) * scale
         scores = tl.where((row[None, :] <= row[:, None]) & (row[None, :] < rows), scores, -1e30)
         weights = tl.exp(scores - tl.max(scores, 1)[:, None])
@@ -149,21 +150,31 @@ if triton is not None:
                  result.to(out.dtype.element_ty), kept)
 
     @triton.jit
-    def _cross_attention(queries, keys, values, bias, out, rows, count, heads, scale, key_head,
-                         key_row, value_head, value_row, EPSILON: tl.constexpr,
-                         BIAS: tl.constexpr, M: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-                         EARLY: tl.constexpr):
-        head, row, d, s = tl.program_id(0), tl.arange(0, M), tl.arange(0, D), tl.arange(0, S)
+    def _self_attention(qkv, straight, swapped, out, rows, heads, scale, EPSILON: tl.constexpr,
+                        M: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+        _attend_own(qkv, straight, swapped, out, tl.program_id(0), rows, heads, scale, EPSILON, M,
+                    D, EARLY)
+
+    @triton.jit
+    def _attend_context(queries, keys, values, key_scale, bias, out, head, rows, count, heads,
+                        scale, key_head, key_row, value_head, value_row, EPSILON: tl.constexpr,
+                        NORM: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+                        D: tl.constexpr, EARLY: tl.constexpr):
+        row, d, s = tl.arange(0, M), tl.arange(0, D), tl.arange(0, S)
         kept, there = row[:, None] < rows, s[:, None] < count
         place = row[:, None] * heads * D + head * D + d[None, :]
         k = tl.load(keys + head * key_head + s[:, None] * key_row + d[None, :], there, 0.0)
         v = tl.load(values + head * value_head + s[:, None] * value_row + d[None, :], there, 0.0)
+        if NORM:
+            factor = tl.load(key_scale + d).to(tl.float32)[None, :]
+            k = (_norm(k.to(tl.float32), D, EPSILON) * factor).to(v.dtype)
         if BIAS:
             added = tl.load(bias + s, s < count, 0.0).to(tl.float32)
         if EARLY:   # keys, values and bias are older than the kernels that start early
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-        q = _norm(tl.load(queries + place, kept, 0.0).to(tl.float32), D, EPSILON)
+        q = tl.load(queries + place, kept, 0.0, cache_modifier='.cg')
+        q = _norm(q.to(tl.float32), D, EPSILON)
         scores = tl.dot(q.to(k.dtype), tl.trans(k)) * scale
         if BIAS:
             scores += added[None, :]
@@ -171,6 +182,15 @@ if triton is not None:
         weights = tl.exp(scores - tl.max(scores, 1)[:, None])
         result = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, 1)[:, None]
         tl.store(out + place, result.to(out.dtype.element_ty), kept)
+
+    @triton.jit
+    def _cross_attention(queries, keys, values, bias, out, rows, count, heads, scale, key_head,
+                         key_row, value_head, value_row, EPSILON: tl.constexpr,
+                         BIAS: tl.constexpr, M: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+                         EARLY: tl.constexpr):
+        _attend_context(queries, keys, values, keys, bias, out, tl.program_id(0), rows, count,
+                        heads, scale, key_head, key_row, value_head, value_row, EPSILON, False,
+                        BIAS, M, S, D, EARLY)
 
     @triton.jit
     def _places(gather, s, inside, tokens, GATHER: tl.constexpr):
@@ -437,5 +457,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_onto(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Return residual + x @ weight.T as one product."""
-    return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t()).view_as(residual)
+    """Add x @ weight.T to residual, as one product, and return it."""
+    residual.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
+    return residual

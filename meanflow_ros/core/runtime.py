@@ -191,23 +191,33 @@ class FastPolicy(Policy):
     def _try_kernels(self, request: Request) -> str:
         """Return '' if the kernels give what PyTorch gives, else why not, and go on without."""
         users = [part for part in self.fused.modules() if getattr(part, 'kernels', False)]
+        dit, apart = self.fused.dit, self.fused.dit.why_apart
 
-        def use(them: bool) -> None:
+        def use(them: bool, *, why_apart: str) -> None:
+            dit.why_apart = why_apart
             for part in users:
                 part.kernels = them
 
-        use(False)
+        use(False, why_apart='kernels are being tried')
         expected = self._eager(request)
-        use(True)
+        use(True, why_apart=apart)
+        problem = self._off(request, expected)
+        if problem and not apart:
+            use(True, why_apart=problem)
+            problem = self._off(request, expected)
+        if problem:
+            use(False, why_apart=problem)
+        return problem
+
+    def _off(self, request: Request, expected: np.ndarray) -> str:
+        """Return '' if an eager run gives what is expected, else what is wrong."""
         try:
             difference = np.abs(self._eager(request) - expected).max()
-            if difference <= KERNEL_TOLERANCE:
-                return ''
-            problem = f'chunks were {difference:.2g} off with the kernels'
         except Exception as error:  # what a compiler of kernels or a driver says
-            problem = f'a kernel failed: {type(error).__name__}: {error}'
-        use(False)
-        return problem
+            return f'a kernel failed: {type(error).__name__}: {error}'
+        if difference <= KERNEL_TOLERANCE:
+            return ''
+        return f'chunks were {difference:.2g} off with the kernels'
 
     def close(self) -> None:
         """Free the graphs, and end the thread that captures them."""

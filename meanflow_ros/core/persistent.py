@@ -1,0 +1,352 @@
+"""All blocks of the action network as one kernel, which stays on the GPU from first to last.
+
+A chunk of few steps gives a GPU so little to compute that starting a kernel, and waiting for its
+weights, takes longer than the rest of it; a DiT of 18 blocks is 144 kernels. Here one program on
+each multiprocessor goes through all products and attentions, and the programs wait for each other
+between them: while they wait, the weights of what comes next are on their way.
+
+Attention is that of core/kernels.py; what is computed is FusedFlowBlock, of core/fused_dit.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from meanflow_ros.core import kernels
+from meanflow_ros.core.kernels import EPS
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:   # PyTorch for CPUs comes without
+    triton = None
+
+PHASES = 8             # of a block: what one program writes in one, all may read in the next
+WARPS = 8              # of a program; each takes a part of a product's depth
+MOST_WIDTH = 1024      # of a block: a row is normalised at once
+MOST_DEPTH = 3 * 1024  # of a product: its weights wait in three pieces
+
+
+if triton is not None:
+    @triton.jit
+    def _read(counter):
+        return tl.inline_asm_elementwise(
+            'ld.acquire.gpu.global.s32 $0, [$1];', '=r,l', [counter.to(tl.int64, bitcast=True)],
+            dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def _wait(counter, target):
+        while _read(counter) < target:   # reading it does not hold up who arrives
+            pass
+        tl.debug_barrier()
+
+    @triton.jit
+    def _arrive(counter):
+        tl.debug_barrier()
+        tl.atomic_add(counter, 1)
+
+    @triton.jit
+    def _tile(weight, tile, columns, depth: tl.constexpr, begin: tl.constexpr,
+              GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
+        """Return weights (PARTS, K / PARTS, N) of N lines; gate and value beside each other."""
+        at = begin + (tl.arange(0, PARTS)[:, None, None] * (K // PARTS)
+                      + tl.arange(0, K // PARTS)[None, :, None])
+        n = tl.arange(0, N)
+        if GATED:
+            column = tile * (N // 2) + n // 2
+            line = column + n % 2 * columns
+        else:
+            column = tile * N + n
+            line = column
+        return tl.load(weight + line[None, None, :] * depth + at,
+                       (column[None, None, :] < columns) & (at < depth), 0.0)
+
+    @triton.jit
+    def _rows(x, rows, depth: tl.constexpr, begin: tl.constexpr, M: tl.constexpr,
+              K: tl.constexpr, PARTS: tl.constexpr):
+        """Return x (PARTS, M, K / PARTS); never from a cache that other programs do not write."""
+        at = begin + (tl.arange(0, PARTS)[:, None, None] * (K // PARTS)
+                      + tl.arange(0, K // PARTS)[None, None, :])
+        row = tl.arange(0, M)[None, :, None]
+        return tl.load(x + row * depth + at, (row < rows) & (at < depth), 0.0,
+                       cache_modifier='.cg')
+
+    @triton.jit
+    def _signal(signal, rows, depth: tl.constexpr, row_stride, PER_ROW: tl.constexpr,
+                M: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):
+        """Return a shift or a gain (PARTS, M or 1, K / PARTS)."""
+        at = (tl.arange(0, PARTS)[:, None, None] * (K // PARTS)
+              + tl.arange(0, K // PARTS)[None, None, :])
+        there = at < depth
+        if PER_ROW:
+            row = tl.arange(0, M)[None, :, None]
+            at += row * row_stride
+            there = there & (row < rows)
+        return tl.load(signal + at, there, 0.0)
+
+    @triton.jit
+    def _normalised(x, shift, gain, rows, depth: tl.constexpr, EPSILON: tl.constexpr,
+                    MODULATE: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+                    PARTS: tl.constexpr):
+        """Return the RMS norm of x, modulated, as a product takes it."""
+        raw = _rows(x, rows, depth, 0, M, K, PARTS)
+        wide = raw.to(tl.float32)
+        square = tl.sum(tl.sum(wide * wide, 2), 0)
+        wide = wide * tl.rsqrt(square / depth + EPSILON)[None, :, None]
+        if MODULATE:
+            wide = wide * gain.to(tl.float32) + shift.to(tl.float32)
+        return wide.to(raw.dtype)
+
+    @triton.jit
+    def _from_norm(x, out, w, weight, shift, gain, rows, columns, depth: tl.constexpr,
+                   MODULATE: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr,
+                   M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):
+        """Store (modulated norm of x) @ weight.T; w: the first tile of the weight."""
+        a = _normalised(x, shift, gain, rows, depth, EPSILON, MODULATE, M, K, PARTS)
+        kept: tl.constexpr = N // 2 if GATED else N
+        tile = tl.program_id(0)
+        while tile * kept < columns:
+            total = tl.sum(tl.dot(a, w), 0)
+            w = _tile(weight, tile + tl.num_programs(0), columns, depth, 0, GATED, K, N, PARTS)
+            if GATED:
+                opened, value = tl.split(tl.reshape(total, (M, kept, 2)))
+                total = opened * tl.sigmoid(opened) * value
+            row, column = tl.arange(0, M)[:, None], (tile * kept + tl.arange(0, kept))[None, :]
+            tl.store(out + row * columns + column, total.to(out.dtype.element_ty),
+                     (row < rows) & (column < columns))
+            tile += tl.num_programs(0)
+
+    @triton.jit
+    def _onto(x, a, w0, w1, w2, weight, gate, rows, columns, depth: tl.constexpr, row_stride,
+              GATE: tl.constexpr, PER_ROW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+              K: tl.constexpr, PARTS: tl.constexpr):
+        """Add gate * (a @ weight.T) to x; w0, w1, w2: the first tile of the weight by depth."""
+        tile = tl.program_id(0)
+        while tile * N < columns:
+            row, column = tl.arange(0, M)[:, None], (tile * N + tl.arange(0, N))[None, :]
+            kept, place = (row < rows) & (column < columns), x + row * columns + column
+            added = tl.load(place, kept, 0.0, cache_modifier='.cg').to(tl.float32)
+            factor = 1.0
+            if GATE:
+                if PER_ROW:
+                    factor = tl.load(gate + row * row_stride + column, kept, 0.0).to(tl.float32)
+                else:
+                    factor = tl.load(gate + column, column < columns, 0.0).to(tl.float32)
+            total = tl.dot(_rows(a, rows, depth, 0, M, K, PARTS), w0)
+            if depth > K:
+                total += tl.dot(_rows(a, rows, depth, K, M, K, PARTS), w1)
+            if depth > 2 * K:
+                total += tl.dot(_rows(a, rows, depth, 2 * K, M, K, PARTS), w2)
+            later = tile + tl.num_programs(0)
+            w0 = _tile(weight, later, columns, depth, 0, False, K, N, PARTS)
+            if depth > K:
+                w1 = _tile(weight, later, columns, depth, K, False, K, N, PARTS)
+            if depth > 2 * K:
+                w2 = _tile(weight, later, columns, depth, 2 * K, False, K, N, PARTS)
+            tl.store(place, (added + factor * tl.sum(total, 0)).to(x.dtype.element_ty), kept)
+            tile = later
+
+    @triton.jit
+    def _blocks(x, qkv, attended, queries, hidden, counter, modulation, mod_block, mod_kind,
+                mod_row, qkv_w, proj_w, query_w, cross_w, gate_w, mlp_w, straight, swapped, keys,
+                key_block, key_head, key_row, values, value_block, value_head, value_row,
+                key_scale, bias, rows, count, scale, first, last, WIDTH: tl.constexpr,
+                HEADS: tl.constexpr, HIDDEN: tl.constexpr, BIAS: tl.constexpr,
+                PER_ROW: tl.constexpr, PHASE: tl.constexpr, EPSILON: tl.constexpr,
+                M: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DEEP: tl.constexpr,
+                PARTS: tl.constexpr):
+        """Go through blocks first .. last - 1 of all weights; PHASE: through this one only."""
+        D: tl.constexpr = WIDTH // HEADS
+        ALL: tl.constexpr = PHASE < 0
+        one, programs = tl.program_id(0), tl.num_programs(0)
+        done = 0
+        block = first
+        while block < last:
+            shift_a = modulation + block * mod_block
+            gain_a, gate_a = shift_a + mod_kind, shift_a + 2 * mod_kind
+            shift_m, gain_m = shift_a + 3 * mod_kind, shift_a + 4 * mod_kind
+            gate_m = shift_a + 5 * mod_kind
+            if ALL or PHASE == 0:
+                weight = qkv_w + block * 3 * WIDTH * WIDTH
+                w = _tile(weight, one, 3 * WIDTH, WIDTH, 0, False, K, 32, PARTS)
+                shift = _signal(shift_a, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
+                gain = _signal(gain_a, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
+                if ALL:
+                    _wait(counter, done)
+                _from_norm(x, qkv, w, weight, shift, gain, rows, 3 * WIDTH, WIDTH, True, False,
+                           EPSILON, M, 32, K, PARTS)
+                if ALL:
+                    _arrive(counter)
+                    done += programs
+            if ALL or PHASE == 1:
+                if ALL:
+                    _wait(counter, done)
+                table = block * rows * 2 * D
+                head = one
+                while head < HEADS:
+                    kernels._attend_own(qkv, straight + table, swapped + table, attended, head,
+                                        rows, HEADS, scale, EPSILON, M, D, False)
+                    head += programs
+                if ALL:
+                    _arrive(counter)
+                    done += programs
+            if ALL or PHASE == 2:
+                weight = proj_w + block * WIDTH * WIDTH
+                w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
+                if ALL:
+                    _wait(counter, done)
+                _onto(x, attended, w, w, w, weight, gate_a, rows, WIDTH, WIDTH, mod_row, True,
+                      PER_ROW, M, 8, K, PARTS)
+                if ALL:
+                    _arrive(counter)
+                    done += programs
+            if ALL or PHASE == 3:
+                weight = query_w + block * WIDTH * WIDTH
+                w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
+                if ALL:
+                    _wait(counter, done)
+                _from_norm(x, queries, w, weight, x, x, rows, WIDTH, WIDTH, False, False, EPSILON,
+                           M, 8, K, PARTS)
+                if ALL:
+                    _arrive(counter)
+                    done += programs
+            if ALL or PHASE == 4:
+                if ALL:
+                    _wait(counter, done)
+                head = one
+                while head < HEADS:
+                    kernels._attend_context(
+                        queries, keys + block * key_block, values + block * value_block,
+                        key_scale + block * D, bias, attended, head, rows, count, HEADS, scale,
+                        key_head, key_row, value_head, value_row, EPSILON, True, BIAS, M, S, D,
+                        False)
+                    head += programs
+                if ALL:
+                    _arrive(counter)
+                    done += programs
+            if ALL or PHASE == 5:
+                weight = cross_w + block * WIDTH * WIDTH
+                w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
+                if ALL:
+                    _wait(counter, done)
+                _onto(x, attended, w, w, w, weight, x, rows, WIDTH, WIDTH, mod_row, False, False,
+                      M, 8, K, PARTS)
+                if ALL:
+                    _arrive(counter)
+                    done += programs
+            if ALL or PHASE == 6:
+                weight = gate_w + block * 2 * HIDDEN * WIDTH
+                w = _tile(weight, one, HIDDEN, WIDTH, 0, True, K, 32, PARTS)
+                shift = _signal(shift_m, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
+                gain = _signal(gain_m, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
+                if ALL:
+                    _wait(counter, done)
+                _from_norm(x, hidden, w, weight, shift, gain, rows, HIDDEN, WIDTH, True, True,
+                           EPSILON, M, 32, K, PARTS)
+                if ALL:
+                    _arrive(counter)
+                    done += programs
+            if ALL or PHASE == 7:
+                weight = mlp_w + block * WIDTH * HIDDEN
+                w = _tile(weight, one, WIDTH, HIDDEN, 0, False, DEEP, 8, PARTS)
+                w1 = w
+                w2 = w
+                if HIDDEN > DEEP:
+                    w1 = _tile(weight, one, WIDTH, HIDDEN, DEEP, False, DEEP, 8, PARTS)
+                if HIDDEN > 2 * DEEP:
+                    w2 = _tile(weight, one, WIDTH, HIDDEN, 2 * DEEP, False, DEEP, 8, PARTS)
+                if ALL:
+                    _wait(counter, done)
+                _onto(x, hidden, w, w1, w2, weight, gate_m, rows, WIDTH, HIDDEN, mod_row, True,
+                      PER_ROW, M, 8, DEEP, PARTS)
+                if ALL:
+                    _arrive(counter)
+                    done += programs
+            block += 1
+
+
+@dataclass(frozen=True)
+class StackedWeights:
+    """The weights of all blocks (blocks, out, in), and more.
+
+    straight, swapped: rotary tables (blocks, T, 2, 1, d). key_scale: (blocks, d), of the keys'
+    norm.
+    """
+
+    qkv: Tensor
+    proj: Tensor
+    query: Tensor
+    cross: Tensor
+    gate_and_value: Tensor
+    mlp: Tensor
+    straight: Tensor
+    swapped: Tensor
+    key_scale: Tensor
+
+    @classmethod
+    def of(cls, blocks: Sequence[nn.Module], key_scale: Tensor) -> 'StackedWeights':
+        """Stack those of FusedFlowBlocks, whose own then are views of what is returned."""
+        layers = {'qkv': [block.self_attn.qkv for block in blocks],
+                  'proj': [block.self_attn.proj for block in blocks],
+                  'query': [block.query for block in blocks],
+                  'cross': [block.cross_proj for block in blocks],
+                  'gate_and_value': [block.gate_and_value for block in blocks],
+                  'mlp': [block.mlp_proj for block in blocks]}
+        stacked = {name: torch.stack([layer.weight.detach() for layer in of_blocks])
+                   for name, of_blocks in layers.items()}
+        for name, of_blocks in layers.items():
+            for layer, weight in zip(of_blocks, stacked[name]):
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+        for name in ('straight', 'swapped'):
+            stacked[name] = torch.stack([getattr(block.self_attn, name) for block in blocks])
+        return cls(**stacked, key_scale=key_scale)
+
+
+def why_not(hidden: int, width: int, device: torch.device) -> str:
+    """Return '' if blocks of these sizes can be one kernel on this device, or why not."""
+    if width > MOST_WIDTH or hidden > MOST_DEPTH:
+        return f'blocks of width {width}, {hidden} in their middle, are too large for one kernel'
+    if device.type != 'cuda':
+        return 'one kernel for all blocks is for CUDA'
+    return ''
+
+
+def run_blocks(x: Tensor, weights: StackedWeights, modulation: Tensor, keys: Tensor,
+               values: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """Return x (T, D) after all blocks; x is overwritten.
+
+    modulation: (blocks, 6, 1 or T, D), the last dimension contiguous. keys, values: (blocks,
+    heads, S, d), likewise; keys before their norm. bias: S numbers, added. On a CPU, where
+    Triton's interpreter runs programs one after the other so that none can wait for another,
+    phase by phase.
+    """
+    (rows, width), blocks = x.shape, len(weights.qkv)
+    hidden, count, d = weights.mlp.shape[2], keys.shape[2], width // heads
+    new = x.new_empty
+    scratch = (new(rows, 3 * width), new(rows, width), new(rows, width), new(rows, hidden),
+               torch.zeros(1, dtype=torch.int32, device=x.device))
+
+    def launch(first: int, last: int, phase: int, programs: int, **options: bool) -> None:
+        _blocks[(programs,)](
+            x, *scratch, modulation, *modulation.stride()[:3], weights.qkv, weights.proj,
+            weights.query, weights.cross, weights.gate_and_value, weights.mlp, weights.straight,
+            weights.swapped, keys, *keys.stride()[:3], values, *values.stride()[:3],
+            weights.key_scale, bias if bias is not None else x, rows, count, d ** -0.5, first,
+            last, WIDTH=width, HEADS=heads, HIDDEN=hidden, BIAS=bias is not None,
+            PER_ROW=modulation.shape[2] > 1, PHASE=phase, EPSILON=EPS, M=kernels._power(rows),
+            S=kernels._power(count), K=kernels._power(width, 16 * WARPS), PARTS=WARPS,
+            num_warps=WARPS, DEEP=min(1024, kernels._power(hidden, 16 * WARPS)), **options)
+
+    if x.is_cuda:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        # cooperative: started when there is room for all programs, since each waits for all
+        launch(0, blocks, -1, processors, launch_cooperative_grid=True)
+        return x
+    for block in range(blocks):
+        for phase in range(PHASES):
+            launch(block, block + 1, phase, 3)
+    return x
