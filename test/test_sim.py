@@ -269,6 +269,18 @@ def test_the_disturbance_is_held_switched_and_spares_the_gripper():
     np.testing.assert_array_equal(np.stack([next(quiet) for _ in range(400)]), values)
 
 
+def test_a_snatch_closes_open_fingers_for_a_while_and_leaves_the_rest_alone():
+    plain, stream = (demonstrations.disturbances(0.3, seed=3, snatch=share) for share in (0, 0.25))
+    values = np.stack([next(stream) for _ in range(2000)])
+    closes = values[:, 3] > 0
+    assert 0.15 < closes.mean() < 0.35 and set(values[:, 3]) == {0.0, 2.0}
+    runs = np.diff(np.flatnonzero(np.diff(closes)))
+    assert runs.min() >= 3
+    assert not np.stack([next(plain) for _ in range(400)])[:, 3].any()
+    with pytest.raises(ValueError, match='snatch must be 0 to 1'):
+        demonstrations.record('nowhere', ['reach'], 1, snatch=1.5)
+
+
 def test_evaluation_seeds_are_not_recorded(tmp_path):
     with pytest.raises(ValueError, match='kept for evaluation'):
         demonstrations.record(tmp_path, ['faucet-open'], 2, first_seed=99_999)

@@ -56,6 +56,7 @@ class _Shard:
     camera_every: int
     index: int
     step: int
+    snatch: float = 0.0
 
     def bags(self) -> list[Path]:
         """Return the bags that it makes."""
@@ -93,11 +94,13 @@ class _Writer:
             hardware_id='sim_robot', values=pairs), stamp_ns)
 
 
-def disturbances(noise: float, seed: int, *, quiet_steps: int = 0) -> Iterator[np.ndarray]:
+def disturbances(noise: float, seed: int, *, quiet_steps: int = 0,
+                 snatch: float = 0.0) -> Iterator[np.ndarray]:
     """Yield what to add to each command (4,): noise on the velocities, held and switched.
 
     noise: standard deviation as a share of the limits. A value is held for 3 to 8 steps; every
-    other one, on average, is zero, and all of the first `quiet_steps`.
+    other one, on average, is zero, and all of the first `quiet_steps`. snatch: share of the
+    values that close open fingers, so that a prefix which grasps is not always one that was right.
     """
     rng = np.random.default_rng([seed, _NOISE_STREAM])
     yield from [np.zeros(ACTION_SPACE.size)] * quiet_steps
@@ -105,6 +108,8 @@ def disturbances(noise: float, seed: int, *, quiet_steps: int = 0) -> Iterator[n
         value = rng.normal(0.0, noise, ACTION_SPACE.size) * ACTION_SPACE.upper
         value[-1] = 0.0
         value *= rng.random() < 0.5
+        if snatch and rng.random() < snatch:
+            value[-1] = ACTION_SPACE.upper[-1] - ACTION_SPACE.lower[-1]
         for _ in range(rng.integers(3, 9)):
             yield value
 
@@ -116,7 +121,8 @@ def _record_episode(robot: MetaWorldRobot, writer: _Writer, shard: _Shard, task:
     robot.reset(task, seed)
     writer.episode(task, 'start', stamp_ns, episode=number, seed=seed)
     writer.instruction(kind.instruction, stamp_ns)
-    disturbance = disturbances(shard.noise * kind.noise, seed, quiet_steps=kind.quiet_steps)
+    disturbance = disturbances(shard.noise * kind.noise, seed, quiet_steps=kind.quiet_steps,
+                               snatch=shard.snatch)
     reward, success, steps, end = 0.0, False, 0, MAX_STEPS
     while steps < end:
         cameras = CAMERAS if steps % shard.camera_every == 0 else ()
@@ -200,15 +206,15 @@ def _run_workers(shards: Sequence[_Shard], done: Callable[[str, bool], None]) ->
 
 def record(path: Path | str, tasks: Sequence[str] = tuple(TASKS), episodes: int = 50,
            first_seed: int = 0, image_size: int = 224, noise: float = 0.3, workers: int = 1,
-           camera_every: int = 1) -> dict[str, tuple[int, int]]:
+           camera_every: int = 1, snatch: float = 0.0) -> dict[str, tuple[int, int]]:
     """Record demonstrations below `path`, one bag per task and worker, until enough succeeded.
 
     tasks: names of tasks or groups. episodes: successes wanted of each task. Episode i of every
     task has seed `first_seed + i`; those that fail are kept and marked so, and more are recorded,
     `ATTEMPTS` for each success wanted at most. noise: see `disturbances`; a task may bear a share
-    of it only. camera_every: control steps from picture to picture. Returns task -> (successes,
-    episodes). ValueError for bad arguments or bags that exist, RuntimeError if the simulator does
-    not work here.
+    of it only. camera_every: control steps from picture to picture. snatch: see `disturbances`.
+    Returns task -> (successes, episodes). ValueError for bad arguments or bags that exist,
+    RuntimeError if the simulator does not work here.
     """
     tasks = expand_tasks(tasks)
     for name, value, low in (('episodes', episodes, 1), ('workers', workers, 1),
@@ -221,10 +227,13 @@ def record(path: Path | str, tasks: Sequence[str] = tuple(TASKS), episodes: int 
                          f'got {first_seed} up to {last_seed} where attempts fail')
     if not 0.0 <= noise <= 2.0:
         raise ValueError(f'noise must be 0 to 2, got {noise}')
+    if not 0.0 <= snatch <= 1.0:
+        raise ValueError(f'snatch must be 0 to 1, got {snatch}')
     workers = min(workers, episodes)
     shards = [_Shard(path=Path(path), tasks=tasks, first_seed=first_seed,
                      wanted=len(range(index, episodes, workers)), image_size=image_size,
-                     noise=noise, camera_every=camera_every, index=index, step=workers)
+                     noise=noise, camera_every=camera_every, index=index, step=workers,
+                     snatch=snatch)
               for index in range(workers)]
     for bag in (bag for shard in shards for bag in shard.bags()):
         if bag.exists():
@@ -260,13 +269,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--image-size', type=int, default=224, help='pixels, both sides')
     parser.add_argument('--noise', type=float, default=0.3,
                         help='disturbance of the executed velocity, as a share of the limits')
+    parser.add_argument('--snatch', type=float, default=0.0,
+                        help='share of the disturbances that close open fingers')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
     parser.add_argument('--camera-every', type=int, default=1,
                         help='control steps (1/40 s) from picture to picture')
     chosen = parser.parse_args(arguments)
     try:
         counts = record(chosen.path, chosen.tasks, chosen.episodes, chosen.first_seed,
-                        chosen.image_size, chosen.noise, chosen.workers, chosen.camera_every)
+                        chosen.image_size, chosen.noise, chosen.workers, chosen.camera_every,
+                        chosen.snatch)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
