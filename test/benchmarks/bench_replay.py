@@ -99,7 +99,8 @@ def speed(options) -> None:
     if options.device.startswith('cuda'):
         found['device'] = torch.cuda.get_device_name(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = options.checkpoint or a_checkpoint(options.preset, Path(folder, 'policy'))
+        checkpoint = options.checkpoint or a_checkpoint(
+            options.preset, Path(folder, 'policy'), options.device)
         if not options.no_replays:
             found['replays'] = replays(checkpoint, Path(folder), options)
         found['network'] = network(checkpoint, options)
@@ -107,11 +108,11 @@ def speed(options) -> None:
         options.out.write_text(json.dumps(found, indent=1) + '\n')
 
 
-def a_checkpoint(preset: str, folder: Path) -> Path:
+def a_checkpoint(preset: str, folder: Path, device: str) -> Path:
     """Return the checkpoint that ships, which is tiny, or one of random weights."""
     if preset == 'tiny':
         return default_checkpoint()
-    random_policy(preset).save(folder, dtype=torch.bfloat16)
+    random_policy(preset, device=device).save(folder, dtype=torch.bfloat16)
     return folder
 
 
