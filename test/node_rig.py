@@ -192,8 +192,9 @@ class Rig:
         self.namespace = f'/rig{next(_numbers)}'
         self._threads = torch.get_num_threads()
         self.name = f'{self.namespace}/meanflow_policy'
-        values = {'threads': 1, **({} if checkpoint is None else {'checkpoint': str(checkpoint)}),
-                  **(parameters or {})}
+        values = {'threads': 1, 'dtype': 'float32', **(parameters or {})}
+        if checkpoint is not None:
+            values = {'checkpoint': str(checkpoint), **values}
         self._node_side, self._feeder_side, self._clients = _Spinner(), _Spinner(), {}
         compressed = values.get('image_transport') == 'compressed'
         end = 'image_raw/compressed' if compressed else 'image_raw'

@@ -432,3 +432,13 @@ def test_what_is_compiled_is_kept_beside_the_checkpoint_or_in_the_users_cache(
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.setattr('os.access', lambda *_: False)
     assert cache_beside(tmp_path / 'policy') == tmp_path / 'cache' / 'meanflow_ros' / 'compiled'
+
+
+@pytest.mark.parametrize('words, fast', [
+    ('flags : fpu avx512_bf16 avx2', True), ('flags : amx_bf16', True),
+    ('Features : fp asimd i8mm bf16', True), ('flags : fpu avx512f avx2', False)])
+def test_a_cpu_says_whether_it_multiplies_bfloat16(words, fast, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, 'CPU_INFO', tmp_path / 'cpuinfo')
+    assert not runtime.multiplies_bfloat16(torch.device('cpu'))
+    runtime.CPU_INFO.write_text(words)
+    assert runtime.multiplies_bfloat16(torch.device('cpu')) is fast

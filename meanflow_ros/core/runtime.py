@@ -33,6 +33,7 @@ from meanflow_ros.core.policy import Policy, PolicyNetwork
 from meanflow_ros.core.prefix import checked_prefix
 
 PROMPTS_KEPT, SCHEDULES_KEPT = 64, 16
+CPU_INFO = Path('/proc/cpuinfo')
 BUCKET = 64   # tokens; a GPU's matrix products work in tiles of such sizes
 KERNEL_TOLERANCE = 0.05   # of chunks with and without our kernels, bfloat16, normalised units
 Value = TypeVar('Value')
@@ -330,6 +331,16 @@ class NoRandomWeights(TorchFunctionMode):
         if function in (Tensor.uniform_, Tensor.normal_):
             return args[0]
         return function(*args, **(kwargs or {}))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 in hardware: newer GPUs, and some CPUs."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    with contextlib.suppress(OSError):
+        words = set(CPU_INFO.read_text().split())
+        return not words.isdisjoint(('avx512_bf16', 'amx_bf16', 'bf16'))   # x86, x86, Arm
+    return False
 
 
 def usable_cores() -> int:

@@ -33,7 +33,7 @@ from trajectory_msgs.msg import JointTrajectory
 from meanflow_ros.core.contract import NANOSECONDS, Observation
 from meanflow_ros.core.guard import Rejected
 from meanflow_ros.core.policy import DTYPES
-from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions
+from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions, multiplies_bfloat16
 from meanflow_ros.core.timeline import Prefix
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
@@ -64,10 +64,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn `auto`, `float32` or `bfloat16` into a dtype; auto is bfloat16 on GPUs that have it."""
+    """Turn `auto`, `float32` or `bfloat16` into a dtype; auto is bfloat16 where that is fast."""
     if name == 'auto':
-        fast = device.type == 'cuda' and torch.cuda.is_bf16_supported()
-        name = 'bfloat16' if fast else 'float32'
+        name = 'bfloat16' if multiplies_bfloat16(device) else 'float32'
     return DTYPES[name]
 
 
