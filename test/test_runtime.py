@@ -305,8 +305,10 @@ def test_another_nfe_size_or_length_takes_another_graph_and_another_prompt_does_
     assert fast.why_eager == '' and len(fake.captured) == 4
     fast.act(last, steps=2)
     assert fast.why_eager == '' and len(fake.captured) == 4
+    fake.go.clear()
     fast.act(observations(policy.robot, sizes=(20, 20))[0], steps=2)
     assert fast.why_eager == 'its graph is being captured'
+    fake.go.set()
 
 
 def test_the_graph_that_was_used_last_stays(policy, captured):
