@@ -98,8 +98,7 @@ def check_vision():
 
 def check_blocks():
     width, heads, blocks, rows, count = 96, 3, 2, 5, 20
-    for name, hidden, per_row in (('blocks', 176, False), ('blocks, some steps given', 176, True),
-                                  ('blocks with a deep middle', 2200, False)):
+    for name, hidden in (('blocks', 176), ('blocks with a deep middle', 2200)):
         def random(*shape):
             return torch.randn(blocks, *shape) / shape[-1] ** 0.5
 
@@ -108,7 +107,7 @@ def check_blocks():
             cross=random(width, width), gate_and_value=random(2 * hidden, width),
             mlp=random(width, hidden), straight=torch.randn(blocks, rows, 2, 1, 32),
             swapped=torch.randn(blocks, rows, 2, 1, 32), key_scale=torch.randn(blocks, 32))
-        x, modulation = torch.randn(rows, width), random(6, rows if per_row else 1, width)
+        x, modulation = torch.randn(rows, width), random(6, rows, width)
         keys, values = random(count, heads, 32).transpose(1, 2), random(heads, count, 32)
         bias = torch.zeros(1, 1, 1, count)
         bias[..., 17:] = -torch.inf

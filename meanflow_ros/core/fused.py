@@ -70,9 +70,9 @@ class FusedNetwork(nn.Module):
                noise: Tensor, schedule: Schedule, steps: int,
                known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Do as `decide`, from the keys and values of a context."""
-        if not self.dit.is_one_kernel(keys):
-            keys = self.dit.keys_and_values.normalised(keys)
         modulations = self.dit.modulations(schedule, state, known[1] if known else None)
+        if not self.dit.in_one_kernel(keys, modulations):
+            keys = self.dit.keys_and_values.normalised(keys)
         constants = iter(zip(modulations, schedule.offsets))
 
         def u(z: Tensor, *, t: Tensor, h: Tensor, rows: None = None) -> Tensor:

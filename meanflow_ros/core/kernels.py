@@ -432,10 +432,10 @@ def depthwise_norm(x: Tensor, taps: Tensor, bias: Tensor, after: Tensor, grid: t
     """
     channels, block = x.shape[-1], _power(x.shape[-1])
     out, normed = torch.empty_like(x), torch.empty_like(x)
-    tokens, together = x.numel() // channels, max(1, 1024 // block)
+    tokens, together = x.numel() // channels, 1 if block > 1024 else max(2, 1024 // block)
     _depthwise_norm[(triton.cdiv(tokens, together),)](
         x, taps, bias, after, out, normed, tokens, *grid, channels, EPSILON=eps, W=together,
-        C=block, num_warps=8 if block > 1024 else 4)
+        C=block, num_warps=8 if block > 1024 else 2)
     return out, normed
 
 

@@ -5,7 +5,9 @@ weights, takes longer than the rest of it; a DiT of 18 blocks is 144 kernels. He
 each multiprocessor goes through all products and attentions, and the programs wait for each other
 between them: while they wait, the weights of what comes next are on their way.
 
-Attention is that of core/kernels.py; what is computed is FusedFlowBlock, of core/fused_dit.py.
+It is used where steps of the chunk are given, so that every step has a modulation of its own,
+which the kernels of core/kernels.py do not take. Attention is theirs; what is computed is
+FusedFlowBlock, of core/fused_dit.py.
 """
 
 from __future__ import annotations
@@ -76,17 +78,13 @@ if triton is not None:
                        cache_modifier='.cg')
 
     @triton.jit
-    def _signal(signal, rows, depth: tl.constexpr, row_stride, PER_ROW: tl.constexpr,
-                M: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):
-        """Return a shift or a gain (PARTS, M or 1, K / PARTS)."""
+    def _signal(signal, rows, depth: tl.constexpr, row_stride, M: tl.constexpr, K: tl.constexpr,
+                PARTS: tl.constexpr):
+        """Return a shift or a gain (PARTS, M, K / PARTS)."""
         at = (tl.arange(0, PARTS)[:, None, None] * (K // PARTS)
               + tl.arange(0, K // PARTS)[None, None, :])
-        there = at < depth
-        if PER_ROW:
-            row = tl.arange(0, M)[None, :, None]
-            at += row * row_stride
-            there = there & (row < rows)
-        return tl.load(signal + at, there, 0.0)
+        row = tl.arange(0, M)[None, :, None]
+        return tl.load(signal + row * row_stride + at, (row < rows) & (at < depth), 0.0)
 
     @triton.jit
     def _normalised(x, shift, gain, rows, depth: tl.constexpr, EPSILON: tl.constexpr,
@@ -122,8 +120,8 @@ if triton is not None:
 
     @triton.jit
     def _onto(x, a, w0, w1, w2, weight, gate, rows, columns, depth: tl.constexpr, row_stride,
-              GATE: tl.constexpr, PER_ROW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-              K: tl.constexpr, PARTS: tl.constexpr):
+              GATE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+              PARTS: tl.constexpr):
         """Add gate * (a @ weight.T) to x; w0, w1, w2: the first tile of the weight by depth."""
         tile = tl.program_id(0)
         while tile * N < columns:
@@ -132,10 +130,7 @@ if triton is not None:
             added = tl.load(place, kept, 0.0, cache_modifier='.cg').to(tl.float32)
             factor = 1.0
             if GATE:
-                if PER_ROW:
-                    factor = tl.load(gate + row * row_stride + column, kept, 0.0).to(tl.float32)
-                else:
-                    factor = tl.load(gate + column, column < columns, 0.0).to(tl.float32)
+                factor = tl.load(gate + row * row_stride + column, kept, 0.0).to(tl.float32)
             total = tl.dot(_rows(a, rows, depth, 0, M, K, PARTS), w0)
             if depth > K:
                 total += tl.dot(_rows(a, rows, depth, K, M, K, PARTS), w1)
@@ -156,9 +151,8 @@ if triton is not None:
                 key_block, key_head, key_row, values, value_block, value_head, value_row,
                 key_scale, bias, rows, count, scale, first, last, WIDTH: tl.constexpr,
                 HEADS: tl.constexpr, HIDDEN: tl.constexpr, BIAS: tl.constexpr,
-                PER_ROW: tl.constexpr, PHASE: tl.constexpr, EPSILON: tl.constexpr,
-                M: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DEEP: tl.constexpr,
-                PARTS: tl.constexpr):
+                PHASE: tl.constexpr, EPSILON: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+                K: tl.constexpr, DEEP: tl.constexpr, PARTS: tl.constexpr):
         """Go through blocks first .. last - 1 of all weights; PHASE: through this one only."""
         D: tl.constexpr = WIDTH // HEADS
         ALL: tl.constexpr = PHASE < 0
@@ -173,8 +167,8 @@ if triton is not None:
             if ALL or PHASE == 0:
                 weight = qkv_w + block * 3 * WIDTH * WIDTH
                 w = _tile(weight, one, 3 * WIDTH, WIDTH, 0, False, K, 32, PARTS)
-                shift = _signal(shift_a, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
-                gain = _signal(gain_a, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
+                shift = _signal(shift_a, rows, WIDTH, mod_row, M, K, PARTS)
+                gain = _signal(gain_a, rows, WIDTH, mod_row, M, K, PARTS)
                 if ALL:
                     _wait(counter, done)
                 _from_norm(x, qkv, w, weight, shift, gain, rows, 3 * WIDTH, WIDTH, True, False,
@@ -199,8 +193,8 @@ if triton is not None:
                 w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
                 if ALL:
                     _wait(counter, done)
-                _onto(x, attended, w, w, w, weight, gate_a, rows, WIDTH, WIDTH, mod_row, True,
-                      PER_ROW, M, 8, K, PARTS)
+                _onto(x, attended, w, w, w, weight, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
+                      8, K, PARTS)
                 if ALL:
                     _arrive(counter)
                     done += programs
@@ -233,16 +227,16 @@ if triton is not None:
                 w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
                 if ALL:
                     _wait(counter, done)
-                _onto(x, attended, w, w, w, weight, x, rows, WIDTH, WIDTH, mod_row, False, False,
-                      M, 8, K, PARTS)
+                _onto(x, attended, w, w, w, weight, x, rows, WIDTH, WIDTH, mod_row, False, M, 8,
+                      K, PARTS)
                 if ALL:
                     _arrive(counter)
                     done += programs
             if ALL or PHASE == 6:
                 weight = gate_w + block * 2 * HIDDEN * WIDTH
                 w = _tile(weight, one, HIDDEN, WIDTH, 0, True, K, 32, PARTS)
-                shift = _signal(shift_m, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
-                gain = _signal(gain_m, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
+                shift = _signal(shift_m, rows, WIDTH, mod_row, M, K, PARTS)
+                gain = _signal(gain_m, rows, WIDTH, mod_row, M, K, PARTS)
                 if ALL:
                     _wait(counter, done)
                 _from_norm(x, hidden, w, weight, shift, gain, rows, HIDDEN, WIDTH, True, True,
@@ -261,8 +255,8 @@ if triton is not None:
                     w2 = _tile(weight, one, WIDTH, HIDDEN, 2 * DEEP, False, DEEP, 8, PARTS)
                 if ALL:
                     _wait(counter, done)
-                _onto(x, hidden, w, w1, w2, weight, gate_m, rows, WIDTH, HIDDEN, mod_row, True,
-                      PER_ROW, M, 8, DEEP, PARTS)
+                _onto(x, hidden, w, w1, w2, weight, gate_m, rows, WIDTH, HIDDEN, mod_row, True, M,
+                      8, DEEP, PARTS)
                 if ALL:
                     _arrive(counter)
                     done += programs
@@ -319,7 +313,7 @@ def run_blocks(x: Tensor, weights: StackedWeights, modulation: Tensor, keys: Ten
                values: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """Return x (T, D) after all blocks; x is overwritten.
 
-    modulation: (blocks, 6, 1 or T, D), the last dimension contiguous. keys, values: (blocks,
+    modulation: (blocks, 6, T, D), the last dimension contiguous. keys, values: (blocks,
     heads, S, d), likewise; keys before their norm. bias: S numbers, added. On a CPU, where
     Triton's interpreter runs programs one after the other so that none can wait for another,
     phase by phase.
@@ -336,10 +330,10 @@ def run_blocks(x: Tensor, weights: StackedWeights, modulation: Tensor, keys: Ten
             weights.query, weights.cross, weights.gate_and_value, weights.mlp, weights.straight,
             weights.swapped, keys, *keys.stride()[:3], values, *values.stride()[:3],
             weights.key_scale, bias if bias is not None else x, rows, count, d ** -0.5, first,
-            last, WIDTH=width, HEADS=heads, HIDDEN=hidden, BIAS=bias is not None,
-            PER_ROW=modulation.shape[2] > 1, PHASE=phase, EPSILON=EPS, M=kernels._power(rows),
-            S=kernels._power(count), K=kernels._power(width, 16 * WARPS), PARTS=WARPS,
-            num_warps=WARPS, DEEP=min(1024, kernels._power(hidden, 16 * WARPS)), **options)
+            last, WIDTH=width, HEADS=heads, HIDDEN=hidden, BIAS=bias is not None, PHASE=phase,
+            EPSILON=EPS, M=kernels._power(rows), S=kernels._power(count),
+            K=kernels._power(width, 16 * WARPS), PARTS=WARPS, num_warps=WARPS,
+            DEEP=min(1024, kernels._power(hidden, 16 * WARPS)), **options)
 
     if x.is_cuda:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -91,7 +91,7 @@ class FastPolicy(Policy):
         self._schedules: Recent[Schedule] = Recent(SCHEDULES_KEPT)
         self._device_lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
-        self._options, self._compiled = options, None
+        self._options, self._compiled, self._tried = options, None, set()
         if options.compile_cache and (options.compile or not self._why_no_kernels):
             keep_compiled_in(options.compile_cache)
         self._why_not_compiled = 'compilation was not asked for'
@@ -180,11 +180,13 @@ class FastPolicy(Policy):
 
     def _prepare(self, request: Request) -> None:
         """Try the kernels, then compile; what fails is left out, and its reason is kept."""
+        given = request.known is not None   # other kernels do that
+        if not self._why_no_kernels and given not in self._tried:
+            self._tried.add(given)
+            self._why_no_kernels = self._try_kernels(request)
+        if not self._options.compile:
+            return
         if self._compiled is None:
-            if not self._why_no_kernels:
-                self._why_no_kernels = self._try_kernels(request)
-            if not self._options.compile:
-                return
             self._compiled = CompiledParts(self.fused, backend=self._options.backend)
         self._compiled.try_out(lambda: self._eager(request))
         self._why_not_compiled = self._compiled.problem
