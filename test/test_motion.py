@@ -405,11 +405,11 @@ def test_a_trajectory_replaced_at_every_picture_reaches_a_far_target_too(late_ms
     assert np.abs(np.diff(course) / 0.02).max() <= speed * (1 + 1e-6) and arm.rejected == []
 
 
-def clamped(output, receiver, speed, acceleration, mode=None):
+def clamped(output, receiver, speed, acceleration, mode=None, first_step='clamp'):
     """Return a joint `q` at 0 whose chunks may begin anywhere."""
     config = MotionConfig(outputs=(output,), control_rate_hz=50.0, first_step={'q': 0.05}, limits={
-        'velocity': {'q': speed}, 'acceleration': {'q': acceleration}}, remedies=dict.fromkeys(
-            ('velocity', 'acceleration', 'first_step'), 'clamp'))
+        'velocity': {'q': speed}, 'acceleration': {'q': acceleration}}, remedies={
+            'velocity': 'clamp', 'acceleration': 'clamp', 'first_step': first_step})
     return Driven(robot(['q'], ['q']), config, mode=mode, t=receiver)
 
 
@@ -473,6 +473,53 @@ def test_a_joint_that_is_not_where_it_was_sent_stops_the_robot_until_it_stays_th
     driven.run(0.3)
     driven.chunk(goal)
     assert driven.wire.sent[-1][2].points[0].positions[3] == pytest.approx(0.61)
+
+
+@pytest.mark.parametrize('felt', [1e300, -2.6])
+@pytest.mark.parametrize('first_step', ['reject', 'clamp'])
+def test_a_joint_that_is_measured_outside_its_limits_is_never_believed_to_be_there(
+        felt, first_step):
+    arm, sent = JointTrajectoryController(['q'], [0.0]), []
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',)), arm, 1.1, 7.0,
+                     first_step=first_step)
+    for begins in (0.0, 0.03):
+        driven.motion.feel(np.array([begins]))
+        driven.chunk(lambda s: np.array([0.03]))
+        driven.run(0.3)
+    for _ in range(30):                      # 3 s: what is astray is believed after 2 s
+        driven.motion.feel(np.array([felt]))
+        with pytest.raises(Rejected, match='outside its limits: move the robot inside'):
+            driven.chunk(lambda s: np.array([felt / abs(felt) * 2.5]))
+        driven.run(0.1, lambda: sent.append(arm.state(driven.now_ns)))
+    assert driven.motion.stopped == 'no chunk' and driven.motion.guard.rejections['astray'] == 0
+    assert np.abs(np.array(sent)[:, 0] - 0.03).max() < 1e-3
+
+
+@pytest.mark.parametrize('felt', [1e300, 2.0])
+def test_the_stop_of_a_trajectory_follows_it_and_not_a_state_that_has_long_been_astray(felt):
+    arm, course = JointTrajectoryController(['q'], [0.0]), []
+    driven = Driven(dataclasses.replace(robot(['q'], ['q']), period_s=0.2), MotionConfig(
+        outputs=(JointTrajectoryOutput(topic='t', dimensions=('q',)),), deadline_s=5.0, limits={
+            'velocity': {'q': 1.1}, 'acceleration': {'q': 7.0}}), t=arm)
+
+    def chunk():
+        driven.motion.accept(ActionChunk(
+            actions=0.1 * (np.arange(16.0)[:, None] + 1), stamp_ns=driven.now_ns, period_s=0.2,
+            first_step=1), now_ns=driven.now_ns)
+
+    driven.motion.feel(np.zeros(1))
+    chunk()
+    driven.run(0.5)
+    driven.motion.feel(np.array([felt]))
+    with pytest.raises(Rejected):
+        chunk()
+    driven.run(2.1)
+    position, velocity = (value[0] for value in arm.state(driven.now_ns))
+    driven.motion.halt('disabled', driven.now_ns)
+    driven.run(1.0, lambda: course.append(arm.state(driven.now_ns)))
+    assert velocity == pytest.approx(0.5) and course[-1][1] == 0.0
+    assert np.abs(np.array(course)[:, 1]).max() <= 1.1
+    assert position < course[-1][0][0] < position + 0.5 * driven.config.stop_s
 
 
 def test_after_silence_a_stream_waits_until_the_robot_stands_and_goes_on_from_there():

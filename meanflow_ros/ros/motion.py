@@ -182,7 +182,7 @@ class Motion:
         """Return position, velocity and acceleration that are commanded now, (3, A).
 
         None where nothing is. An output that does not move yet stands at `start` (A,). stopping:
-        a joint of a stream that is measured too far from where it was sent does not stand there.
+        a joint that is measured too far from where it was sent does not stand there.
         """
         motion = np.zeros((3, len(start)))
         motion[0], known = start, False
@@ -193,18 +193,19 @@ class Motion:
                 astray = np.abs(self._felt[columns] - sent[0]) > self._tolerance(output)
                 motion[:, columns] = np.where(astray & (not stopping), motion[:, columns], sent)
             elif not output.streams and output.set_point(now_ns) is not None:
-                motion[:2, columns] = self._set_point(output, now_ns)
+                motion[:2, columns] = self._set_point(output, now_ns, stopping=stopping)
             else:
                 continue
             known = True
         return motion if known else None
 
-    def _send_chunk(self, output, timed: TimedActions, now_ns: int) -> None:
+    def _send_chunk(self, output, timed: TimedActions, now_ns: int, *,
+                    stopping: bool = False) -> None:
         """Send what lies ahead, on a way within the limits from where the controller is.
 
         A step nearer than half a period is left out: the way to it would be steep for nothing.
         """
-        start = self._set_point(output, now_ns)
+        start = self._set_point(output, now_ns, stopping=stopping)
         ahead = output.ahead(timed, now_ns, self.robot.period_s / 2)
         if start is None or ahead is None:
             safe = self.guard.check_plan(timed)
@@ -217,16 +218,22 @@ class Motion:
     def _require_followed(self, now_ns: int) -> None:
         """Rejected while a joint is measured far from where its controller was sent.
 
-        Either it does not follow or its state is wrong. If it stays there, that is where it is.
+        Either it does not follow or its state is wrong. If it stays there, that is where it is:
+        but nowhere outside its limits, where no way begins.
         """
         for output in self.outputs:
-            told = None if output.streams else output.set_point(now_ns)
+            if output.streams:
+                continue
+            told = output.set_point(now_ns)
             if told is None:
+                self._require_inside(output, ~np.isnan(self._felt[output.columns]))
                 continue
             away = np.abs(self._felt[output.columns] - told[0])
-            worst = int(np.argmax(np.nan_to_num(away / self._tolerance(output))))
-            if not away[worst] > self._tolerance(output)[worst]:
+            far = away > self._tolerance(output)
+            if not far.any():
                 continue
+            self._require_inside(output, far)
+            worst = int(np.argmax(np.nan_to_num(away / self._tolerance(output))))
             if self._astray_ns is None or now_ns < self._astray_ns:
                 self._astray_ns = now_ns
             if not self._stays_astray(now_ns):
@@ -235,6 +242,17 @@ class Motion:
                                          f'{away[worst]:.4g} away from where it was sent')
             return
         self._astray_ns = None
+
+    def _require_inside(self, output, which: np.ndarray) -> None:
+        """Rejected if a joint of these (D,) is measured outside its limits."""
+        looked_at = np.zeros(len(self._felt), bool)
+        looked_at[output.columns] = which
+        try:
+            self.guard.require_inside(self._felt, looked_at)
+        except Rejected as error:
+            self._astray_ns = None
+            self.guard.interventions[error.kind] += 1
+            raise
 
     def _tolerance(self, output) -> np.ndarray:
         """Return how far (D,) a joint may be from its set-point: it and its state lag behind."""
@@ -245,21 +263,25 @@ class Motion:
         return (self._astray_ns is not None
                 and now_ns - self._astray_ns >= _ASTRAY_S * NANOSECONDS)
 
-    def _set_point(self, output, now_ns: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def _set_point(self, output, now_ns: int, *,
+                   stopping: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
         """Return position and velocity (D,) of a controller of trajectories; None if unknown.
 
         They are those of the last trajectory; a joint that has long been measured too far from
-        there counts as standing where it is.
+        there counts as standing where it is, unless it stops: along what is executed.
         """
         columns, limits = output.columns, self.guard.limits
         felt, told = self._felt[columns], output.set_point(now_ns)
-        if told is None and np.isnan(felt).any():
-            return None
-        position, velocity = (felt, np.zeros(len(felt))) if told is None else told
-        astray = (np.abs(felt - position) > self._tolerance(output)) & self._stays_astray(now_ns)
-        position = np.clip(np.where(astray, felt, position),
-                           limits.lower[columns], limits.upper[columns])
-        return position, np.where(astray, 0.0, velocity)
+        if told is None:
+            if not self.guard.is_inside(self._felt)[columns].all():
+                return None
+            position, velocity = felt, np.zeros(len(felt))
+        else:
+            position, velocity = told
+        if not stopping and self._stays_astray(now_ns):
+            astray = np.abs(felt - position) > self._tolerance(output)
+            position, velocity = np.where(astray, felt, position), np.where(astray, 0.0, velocity)
+        return np.clip(position, limits.lower[columns], limits.upper[columns]), velocity
 
     def _begin_stream(self, safe: SafeChunk) -> None:
         space = self.robot.action_space
@@ -323,7 +345,7 @@ class Motion:
         due_ns = now_ns + lead_ns + period_ns * np.arange(count)
         actions = np.array([self._stop(int(due)) for due in due_ns])
         plan = TimedActions(stamp_ns=now_ns, due_ns=due_ns, actions=actions)
-        self._send_chunk(output, plan, now_ns)
+        self._send_chunk(output, plan, now_ns, stopping=True)
 
 
 def _constant(command: np.ndarray):
