@@ -413,10 +413,10 @@ def clamped(output, receiver, speed, acceleration, mode=None, first_step='clamp'
     return Driven(robot(['q'], ['q']), config, mode=mode, t=receiver)
 
 
-def replaced(driven, position, goal, late_ms):
-    """Send every 33 ms a chunk for the goal, for 2.2 s; return the positions every 20 ms."""
+def replaced(driven, position, goal, late_ms, seconds=2.2):
+    """Send a chunk for the goal every 33 ms; return the positions every 20 ms."""
     course = []
-    for now_ms in range(2200):
+    for now_ms in range(round(1000 * seconds)):
         driven.wire.now_ns += MS
         if now_ms % 33 == 0:
             driven.motion.feel(np.array([position()]))
@@ -520,6 +520,55 @@ def test_the_stop_of_a_trajectory_follows_it_and_not_a_state_that_has_long_been_
     assert velocity == pytest.approx(0.5) and course[-1][1] == 0.0
     assert np.abs(np.array(course)[:, 1]).max() <= 1.1
     assert position < course[-1][0][0] < position + 0.5 * driven.config.stop_s
+
+
+@pytest.mark.parametrize('restarted', [False, True])
+def test_a_controller_that_starts_late_gets_no_trajectory_ahead_of_where_it_stands(restarted):
+    arm, position = JointTrajectoryController(['q'], [0.0]), 0.0
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',)), arm, 1.1, 7.0)
+    if restarted:                            # on its way, and the stop reaches nobody
+        replaced(driven, lambda: arm.state(driven.now_ns)[0][0], 1.5, 0, seconds=0.8)
+        position, driven.wire.connected = arm.state(driven.now_ns)[0][0], False
+        del driven.wire.receivers['t']
+        driven.run(1.0)
+        driven.wire.connected = True
+        driven.run(0.2)
+    late = [JointTrajectoryController(['q'], [position])]
+    driven.wire.receivers['t'] = waiting = Waiting()
+    replaced(driven, lambda: position, 1.5, 0, seconds=0.35)
+    for message in waiting.messages:         # all at once
+        late[0].receive(message, driven.now_ns)
+    driven.wire.receivers['t'] = late[0]
+    course = replaced(driven, lambda: late[0].state(driven.now_ns)[0][0], 1.5, 0)
+    assert np.abs(np.diff([position, *course]) / 0.02).max() <= 1.1 * (1 + 1e-6)
+    assert course[-1] == pytest.approx(1.5, abs=1e-6)
+
+
+@pytest.mark.parametrize('stops', [True, False])
+def test_a_first_trajectory_whose_motion_has_not_been_measured_yet_is_continued(stops):
+    arm, course = JointTrajectoryController(['q'], [0.0]), [0.0]
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',)), arm, 1.1, 7.0)
+    driven.motion.feel(np.zeros(1))
+    driven.chunk(lambda s: np.array([1.5]))
+    driven.run(0.3, lambda: course.append(arm.state(driven.now_ns)[0][0]))
+    if stops:
+        driven.motion.halt('disabled', driven.now_ns)
+    else:                                    # it answers a picture from before the motion
+        driven.chunk(lambda s: np.array([1.5]))
+    driven.run(0.4, lambda: course.append(arm.state(driven.now_ns)[0][0]))
+    velocity = np.diff(course) / 0.02
+    assert velocity.max() <= 1.1 * (1 + 1e-6) and velocity.min() >= -1e-9
+    assert course[15] > 0.1 and course[-1] > course[15]
+
+
+class Waiting:
+    """A controller that is subscribed, and receives nothing yet."""
+
+    def __init__(self):
+        self.messages = []
+
+    def receive(self, message, now_ns):
+        self.messages.append(message)
 
 
 def test_after_silence_a_stream_waits_until_the_robot_stands_and_goes_on_from_there():

@@ -25,6 +25,8 @@ _SUBSCRIBERS_S = 0.1
 _ASTRAY = 0.05          # share of its range by which a joint may lag, without first_step
 _LAG_S = 0.2            # by which a joint and its state follow late, at its largest velocity
 _ASTRAY_S = 2.0         # so long it must stay there before it begins anew from there
+_STIRS = 0.1            # share of what a joint may lag; more is motion and no noise
+_BEGINS = 0.5           # share of it that a trajectory may be ahead to begin anew without a jump
 _STANDING_PERIODS = 6   # without a command, after which a robot stands: then a stream may begin
 
 
@@ -60,6 +62,8 @@ class Motion:
         self._astray_ns: int | None = None
         self._rest_ns: int | None = None
         self._looked_ns = 0
+        # Topic -> where (D,) its controller stood at its first trajectory, until it moves.
+        self._stood: dict[str, np.ndarray] = {}
 
     @property
     def moving(self) -> bool:
@@ -80,6 +84,11 @@ class Motion:
         """Note the measured state (P,)."""
         for name, index in self._measured.items():
             self._felt[index] = state[self.robot.state_names.index(name)]
+        for output in self.outputs:
+            stood = self._stood.get(output.config.topic)
+            if stood is not None and (np.abs(self._felt[output.columns] - stood)
+                                      > _STIRS * self._astray[output.columns]).any():
+                del self._stood[output.config.topic]
 
     def accept(self, chunk: ActionChunk, *, now_ns: int, epoch: int | None = None,
                state: np.ndarray | None = None, prefix: Prefix | None = None) -> SafeChunk | None:
@@ -150,6 +159,7 @@ class Motion:
         for output in self.outputs:
             if not output.streams:
                 self._send_stop(output, now_ns)
+        self._forget_unheard()
 
     def silence(self, reason: str, now_ns: int) -> None:
         """Halt, and send no more commands of a stream after one that stands still: rates are 0."""
@@ -213,6 +223,8 @@ class Motion:
             whole = np.full((2, self.robot.action_space.size), np.nan)
             whole[:, output.columns] = start
             safe = self.guard.check_plan(ahead, start=(now_ns, *whole))
+        if output.set_point(now_ns) is None:
+            self._stood[output.config.topic] = self._felt[output.columns].copy()
         output.send_chunk(safe, now_ns, self.guard.limits.velocity, start)
 
     def _require_followed(self, now_ns: int) -> None:
@@ -267,17 +279,21 @@ class Motion:
                    stopping: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
         """Return position and velocity (D,) of a controller of trajectories; None if unknown.
 
-        They are those of the last trajectory; a joint that has long been measured too far from
-        there counts as standing where it is, unless it stops: along what is executed.
+        They are those of the last trajectory, and for a stop always. A joint that has long been
+        measured too far from there counts as standing where it is. So does a robot that has not
+        been seen to move yet, if that is near: a controller that has just started takes late
+        what it was sent, and would jump to trajectories that have gone on ahead of it.
         """
         columns, limits = output.columns, self.guard.limits
         felt, told = self._felt[columns], output.set_point(now_ns)
         if told is None:
             if not self.guard.is_inside(self._felt)[columns].all():
                 return None
+            told = felt, np.zeros(len(felt))
+        position, velocity = told
+        if not stopping and output.config.topic in self._stood and (
+                np.abs(felt - position) <= _BEGINS * self._astray[columns]).all():
             position, velocity = felt, np.zeros(len(felt))
-        else:
-            position, velocity = told
         if not stopping and self._stays_astray(now_ns):
             astray = np.abs(felt - position) > self._tolerance(output)
             position, velocity = np.where(astray, felt, position), np.where(astray, 0.0, velocity)
@@ -297,7 +313,14 @@ class Motion:
             self._looked_ns = now_ns
             self.unheard = [output.config.topic for output in self.outputs
                             if not output.publisher.get_subscription_count()]
+            self._forget_unheard()
         return not self.unheard
+
+    def _forget_unheard(self) -> None:
+        """Forget the trajectories of controllers that are gone: they do not follow them."""
+        for output in self.outputs:
+            if not output.streams and output.config.topic in self.unheard:
+                output.forget()
 
     def _send(self, due: np.ndarray | None, now_ns: int) -> None:
         target = due if self._stop is None else self._stop(now_ns)
