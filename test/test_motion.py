@@ -561,6 +561,20 @@ def test_a_first_trajectory_whose_motion_has_not_been_measured_yet_is_continued(
     assert course[15] > 0.1 and course[-1] > course[15]
 
 
+def test_after_the_clock_has_jumped_ahead_a_trajectory_begins_where_the_robot_is_measured():
+    arm, course = JointTrajectoryController(['q'], [0.0]), []
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',)), arm, 1.1, 7.0)
+    replaced(driven, lambda: arm.state(driven.now_ns)[0][0], 0.2, 0, seconds=0.2)
+    position = arm.state(driven.now_ns)[0]
+    sent = len(driven.wire.sent)
+    driven.wire.now_ns += 10_000 * MS         # the controller has a clock of its own
+    driven.motion.clock_jumped(driven.now_ns)
+    assert len(driven.wire.sent) == sent
+    driven.wire.receivers['t'] = arm = JointTrajectoryController(['q'], position)
+    course = replaced(driven, lambda: arm.state(driven.now_ns)[0][0], 0.2, 0)
+    assert np.abs(np.diff([position[0], *course]) / 0.02).max() <= 1.1 * (1 + 1e-6)
+
+
 class Waiting:
     """A controller that is subscribed, and receives nothing yet."""
 

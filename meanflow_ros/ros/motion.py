@@ -157,9 +157,18 @@ class Motion:
                                                                  motion=motion)
         self._stop = self._safe_action(path, now_ns)
         for output in self.outputs:
-            if not output.streams:
+            # Beyond its last trajectory a controller rests, where one is known.
+            if not output.streams and (path is not None or output.set_point(now_ns) is None):
                 self._send_stop(output, now_ns)
         self._forget_unheard()
+
+    def clock_jumped(self, now_ns: int) -> None:
+        """Silence; what lies beyond the last step has not been reached by a controller's clock."""
+        beyond = self.timeline.plan(now_ns) is None
+        self.silence('clock jump', now_ns)
+        for output in self.outputs:
+            if beyond and not output.streams:
+                output.forget()
 
     def silence(self, reason: str, now_ns: int) -> None:
         """Halt, and send no more commands of a stream after one that stands still: rates are 0."""
