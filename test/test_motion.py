@@ -405,18 +405,18 @@ def test_a_trajectory_replaced_at_every_picture_reaches_a_far_target_too(late_ms
     assert np.abs(np.diff(course) / 0.02).max() <= speed * (1 + 1e-6) and arm.rejected == []
 
 
-def clamped(output, receiver, speed, acceleration, mode=None):
+def clamped(output, receiver, speed, acceleration, mode=None, first_step='clamp'):
     """Return a joint `q` at 0 whose chunks may begin anywhere."""
     config = MotionConfig(outputs=(output,), control_rate_hz=50.0, first_step={'q': 0.05}, limits={
-        'velocity': {'q': speed}, 'acceleration': {'q': acceleration}}, remedies=dict.fromkeys(
-            ('velocity', 'acceleration', 'first_step'), 'clamp'))
+        'velocity': {'q': speed}, 'acceleration': {'q': acceleration}}, remedies={
+            'velocity': 'clamp', 'acceleration': 'clamp', 'first_step': first_step})
     return Driven(robot(['q'], ['q']), config, mode=mode, t=receiver)
 
 
-def replaced(driven, position, goal, late_ms):
-    """Send every 33 ms a chunk for the goal, for 2.2 s; return the positions every 20 ms."""
+def replaced(driven, position, goal, late_ms, seconds=2.2):
+    """Send a chunk for the goal every 33 ms; return the positions every 20 ms."""
     course = []
-    for now_ms in range(2200):
+    for now_ms in range(round(1000 * seconds)):
         driven.wire.now_ns += MS
         if now_ms % 33 == 0:
             driven.motion.feel(np.array([position()]))
@@ -473,6 +473,116 @@ def test_a_joint_that_is_not_where_it_was_sent_stops_the_robot_until_it_stays_th
     driven.run(0.3)
     driven.chunk(goal)
     assert driven.wire.sent[-1][2].points[0].positions[3] == pytest.approx(0.61)
+
+
+@pytest.mark.parametrize('felt', [1e300, -2.6])
+@pytest.mark.parametrize('first_step', ['reject', 'clamp'])
+def test_a_joint_that_is_measured_outside_its_limits_is_never_believed_to_be_there(
+        felt, first_step):
+    arm, sent = JointTrajectoryController(['q'], [0.0]), []
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',)), arm, 1.1, 7.0,
+                     first_step=first_step)
+    for begins in (0.0, 0.03):
+        driven.motion.feel(np.array([begins]))
+        driven.chunk(lambda s: np.array([0.03]))
+        driven.run(0.3)
+    for _ in range(30):                      # 3 s: what is astray is believed after 2 s
+        driven.motion.feel(np.array([felt]))
+        with pytest.raises(Rejected, match='outside its limits: move the robot inside'):
+            driven.chunk(lambda s: np.array([felt / abs(felt) * 2.5]))
+        driven.run(0.1, lambda: sent.append(arm.state(driven.now_ns)))
+    assert driven.motion.stopped == 'no chunk' and driven.motion.guard.rejections['astray'] == 0
+    assert np.abs(np.array(sent)[:, 0] - 0.03).max() < 1e-3
+
+
+@pytest.mark.parametrize('felt', [1e300, 2.0])
+def test_the_stop_of_a_trajectory_follows_it_and_not_a_state_that_has_long_been_astray(felt):
+    arm, course = JointTrajectoryController(['q'], [0.0]), []
+    driven = Driven(dataclasses.replace(robot(['q'], ['q']), period_s=0.2), MotionConfig(
+        outputs=(JointTrajectoryOutput(topic='t', dimensions=('q',)),), deadline_s=5.0, limits={
+            'velocity': {'q': 1.1}, 'acceleration': {'q': 7.0}}), t=arm)
+
+    def chunk():
+        driven.motion.accept(ActionChunk(
+            actions=0.1 * (np.arange(16.0)[:, None] + 1), stamp_ns=driven.now_ns, period_s=0.2,
+            first_step=1), now_ns=driven.now_ns)
+
+    driven.motion.feel(np.zeros(1))
+    chunk()
+    driven.run(0.5)
+    driven.motion.feel(np.array([felt]))
+    with pytest.raises(Rejected):
+        chunk()
+    driven.run(2.1)
+    position, velocity = (value[0] for value in arm.state(driven.now_ns))
+    driven.motion.halt('disabled', driven.now_ns)
+    driven.run(1.0, lambda: course.append(arm.state(driven.now_ns)))
+    assert velocity == pytest.approx(0.5) and course[-1][1] == 0.0
+    assert np.abs(np.array(course)[:, 1]).max() <= 1.1
+    assert position < course[-1][0][0] < position + 0.5 * driven.config.stop_s
+
+
+@pytest.mark.parametrize('restarted', [False, True])
+def test_a_controller_that_starts_late_gets_no_trajectory_ahead_of_where_it_stands(restarted):
+    arm, position = JointTrajectoryController(['q'], [0.0]), 0.0
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',)), arm, 1.1, 7.0)
+    if restarted:                            # on its way, and the stop reaches nobody
+        replaced(driven, lambda: arm.state(driven.now_ns)[0][0], 1.5, 0, seconds=0.8)
+        position, driven.wire.connected = arm.state(driven.now_ns)[0][0], False
+        del driven.wire.receivers['t']
+        driven.run(1.0)
+        driven.wire.connected = True
+        driven.run(0.2)
+    late = [JointTrajectoryController(['q'], [position])]
+    driven.wire.receivers['t'] = waiting = Waiting()
+    replaced(driven, lambda: position, 1.5, 0, seconds=0.35)
+    for message in waiting.messages:         # all at once
+        late[0].receive(message, driven.now_ns)
+    driven.wire.receivers['t'] = late[0]
+    course = replaced(driven, lambda: late[0].state(driven.now_ns)[0][0], 1.5, 0)
+    assert np.abs(np.diff([position, *course]) / 0.02).max() <= 1.1 * (1 + 1e-6)
+    assert course[-1] == pytest.approx(1.5, abs=1e-6)
+
+
+@pytest.mark.parametrize('stops', [True, False])
+def test_a_first_trajectory_whose_motion_has_not_been_measured_yet_is_continued(stops):
+    arm, course = JointTrajectoryController(['q'], [0.0]), [0.0]
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',)), arm, 1.1, 7.0)
+    driven.motion.feel(np.zeros(1))
+    driven.chunk(lambda s: np.array([1.5]))
+    driven.run(0.3, lambda: course.append(arm.state(driven.now_ns)[0][0]))
+    if stops:
+        driven.motion.halt('disabled', driven.now_ns)
+    else:                                    # it answers a picture from before the motion
+        driven.chunk(lambda s: np.array([1.5]))
+    driven.run(0.4, lambda: course.append(arm.state(driven.now_ns)[0][0]))
+    velocity = np.diff(course) / 0.02
+    assert velocity.max() <= 1.1 * (1 + 1e-6) and velocity.min() >= -1e-9
+    assert course[15] > 0.1 and course[-1] > course[15]
+
+
+def test_after_the_clock_has_jumped_ahead_a_trajectory_begins_where_the_robot_is_measured():
+    arm, course = JointTrajectoryController(['q'], [0.0]), []
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',)), arm, 1.1, 7.0)
+    replaced(driven, lambda: arm.state(driven.now_ns)[0][0], 0.2, 0, seconds=0.2)
+    position = arm.state(driven.now_ns)[0]
+    sent = len(driven.wire.sent)
+    driven.wire.now_ns += 10_000 * MS         # the controller has a clock of its own
+    driven.motion.clock_jumped(driven.now_ns)
+    assert len(driven.wire.sent) == sent
+    driven.wire.receivers['t'] = arm = JointTrajectoryController(['q'], position)
+    course = replaced(driven, lambda: arm.state(driven.now_ns)[0][0], 0.2, 0)
+    assert np.abs(np.diff([position[0], *course]) / 0.02).max() <= 1.1 * (1 + 1e-6)
+
+
+class Waiting:
+    """A controller that is subscribed, and receives nothing yet."""
+
+    def __init__(self):
+        self.messages = []
+
+    def receive(self, message, now_ns):
+        self.messages.append(message)
 
 
 def test_after_silence_a_stream_waits_until_the_robot_stands_and_goes_on_from_there():

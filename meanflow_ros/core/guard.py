@@ -225,24 +225,28 @@ class Guard:
         Rejected if that is no number, or outside the limits by more than a hundredth of the range.
         """
         try:
-            self._limiter = Limiter(self._box, self._inside(position))
+            self._limiter = Limiter(self._box, self.require_inside(position))
         except Rejected as error:
             self.interventions[error.kind] += 1
             raise
         self._commanded_ns = 0
 
-    def _inside(self, position: np.ndarray) -> np.ndarray:
+    def require_inside(self, position: np.ndarray, which: np.ndarray | bool = True) -> np.ndarray:
         """Return where the robot stands (A,), within the limits but for a hundredth of the range.
 
-        Rejected otherwise.
+        Rejected otherwise. which: (A,) bool, the dimensions that are looked at.
         """
-        room = 0.01 * (self._box.upper - self._box.lower)
-        outside = ~((position >= self._box.lower - room) & (position <= self._box.upper + room))
+        outside = which & ~self.is_inside(position)
         if outside.any():
             name = self._box.names[int(np.argmax(outside))]
             raise Rejected('first_step', f'{name!r} is at {position[np.argmax(outside)]:.6g}, '
                                          f'outside its limits: move the robot inside them first')
         return np.clip(position, self._box.lower, self._box.upper)
+
+    def is_inside(self, position: np.ndarray) -> np.ndarray:
+        """Return (A,) bool: what is within the limits but for a hundredth of the range."""
+        room = 0.01 * (self._box.upper - self._box.lower)
+        return ((position >= self._box.lower - room) & (position <= self._box.upper + room))
 
     def _sealed(self, timed: TimedActions) -> SafeChunk:
         return SafeChunk(timed=timed, space=self._robot.action_space, seal=_GUARD_SEAL)
@@ -304,7 +308,8 @@ class Guard:
                                                  f'{start[worst]:.6g}, at most '
                                                  f'{tolerance[worst]:g} apart is allowed')
                 self.interventions['first_step clamped'] += 1
-                timed = (self._tracked(timed, self._inside(start)) if motion is None else
+                begin = self.require_inside(start if motion is None else motion[0])
+                timed = (self._tracked(timed, begin) if motion is None else
                          _without_first(self.follow(timed, now_ns=now_ns, motion=motion)))
         excess = _excess(timed, self.limits)
         for kind in RATES:

@@ -25,6 +25,8 @@ _SUBSCRIBERS_S = 0.1
 _ASTRAY = 0.05          # share of its range by which a joint may lag, without first_step
 _LAG_S = 0.2            # by which a joint and its state follow late, at its largest velocity
 _ASTRAY_S = 2.0         # so long it must stay there before it begins anew from there
+_STIRS = 0.1            # share of what a joint may lag; more is motion and no noise
+_BEGINS = 0.5           # share of it that a trajectory may be ahead to begin anew without a jump
 _STANDING_PERIODS = 6   # without a command, after which a robot stands: then a stream may begin
 
 
@@ -60,6 +62,8 @@ class Motion:
         self._astray_ns: int | None = None
         self._rest_ns: int | None = None
         self._looked_ns = 0
+        # Topic -> where (D,) its controller stood at its first trajectory, until it moves.
+        self._stood: dict[str, np.ndarray] = {}
 
     @property
     def moving(self) -> bool:
@@ -80,6 +84,11 @@ class Motion:
         """Note the measured state (P,)."""
         for name, index in self._measured.items():
             self._felt[index] = state[self.robot.state_names.index(name)]
+        for output in self.outputs:
+            stood = self._stood.get(output.config.topic)
+            if stood is not None and (np.abs(self._felt[output.columns] - stood)
+                                      > _STIRS * self._astray[output.columns]).any():
+                del self._stood[output.config.topic]
 
     def accept(self, chunk: ActionChunk, *, now_ns: int, epoch: int | None = None,
                state: np.ndarray | None = None, prefix: Prefix | None = None) -> SafeChunk | None:
@@ -148,8 +157,18 @@ class Motion:
                                                                  motion=motion)
         self._stop = self._safe_action(path, now_ns)
         for output in self.outputs:
-            if not output.streams:
+            # Beyond its last trajectory a controller rests, where one is known.
+            if not output.streams and (path is not None or output.set_point(now_ns) is None):
                 self._send_stop(output, now_ns)
+        self._forget_unheard()
+
+    def clock_jumped(self, now_ns: int) -> None:
+        """Silence; what lies beyond the last step has not been reached by a controller's clock."""
+        beyond = self.timeline.plan(now_ns) is None
+        self.silence('clock jump', now_ns)
+        for output in self.outputs:
+            if beyond and not output.streams:
+                output.forget()
 
     def silence(self, reason: str, now_ns: int) -> None:
         """Halt, and send no more commands of a stream after one that stands still: rates are 0."""
@@ -182,7 +201,7 @@ class Motion:
         """Return position, velocity and acceleration that are commanded now, (3, A).
 
         None where nothing is. An output that does not move yet stands at `start` (A,). stopping:
-        a joint of a stream that is measured too far from where it was sent does not stand there.
+        a joint that is measured too far from where it was sent does not stand there.
         """
         motion = np.zeros((3, len(start)))
         motion[0], known = start, False
@@ -193,18 +212,19 @@ class Motion:
                 astray = np.abs(self._felt[columns] - sent[0]) > self._tolerance(output)
                 motion[:, columns] = np.where(astray & (not stopping), motion[:, columns], sent)
             elif not output.streams and output.set_point(now_ns) is not None:
-                motion[:2, columns] = self._set_point(output, now_ns)
+                motion[:2, columns] = self._set_point(output, now_ns, stopping=stopping)
             else:
                 continue
             known = True
         return motion if known else None
 
-    def _send_chunk(self, output, timed: TimedActions, now_ns: int) -> None:
+    def _send_chunk(self, output, timed: TimedActions, now_ns: int, *,
+                    stopping: bool = False) -> None:
         """Send what lies ahead, on a way within the limits from where the controller is.
 
         A step nearer than half a period is left out: the way to it would be steep for nothing.
         """
-        start = self._set_point(output, now_ns)
+        start = self._set_point(output, now_ns, stopping=stopping)
         ahead = output.ahead(timed, now_ns, self.robot.period_s / 2)
         if start is None or ahead is None:
             safe = self.guard.check_plan(timed)
@@ -212,21 +232,29 @@ class Motion:
             whole = np.full((2, self.robot.action_space.size), np.nan)
             whole[:, output.columns] = start
             safe = self.guard.check_plan(ahead, start=(now_ns, *whole))
+        if output.set_point(now_ns) is None:
+            self._stood[output.config.topic] = self._felt[output.columns].copy()
         output.send_chunk(safe, now_ns, self.guard.limits.velocity, start)
 
     def _require_followed(self, now_ns: int) -> None:
         """Rejected while a joint is measured far from where its controller was sent.
 
-        Either it does not follow or its state is wrong. If it stays there, that is where it is.
+        Either it does not follow or its state is wrong. If it stays there, that is where it is:
+        but nowhere outside its limits, where no way begins.
         """
         for output in self.outputs:
-            told = None if output.streams else output.set_point(now_ns)
+            if output.streams:
+                continue
+            told = output.set_point(now_ns)
             if told is None:
+                self._require_inside(output, ~np.isnan(self._felt[output.columns]))
                 continue
             away = np.abs(self._felt[output.columns] - told[0])
-            worst = int(np.argmax(np.nan_to_num(away / self._tolerance(output))))
-            if not away[worst] > self._tolerance(output)[worst]:
+            far = away > self._tolerance(output)
+            if not far.any():
                 continue
+            self._require_inside(output, far)
+            worst = int(np.argmax(np.nan_to_num(away / self._tolerance(output))))
             if self._astray_ns is None or now_ns < self._astray_ns:
                 self._astray_ns = now_ns
             if not self._stays_astray(now_ns):
@@ -235,6 +263,17 @@ class Motion:
                                          f'{away[worst]:.4g} away from where it was sent')
             return
         self._astray_ns = None
+
+    def _require_inside(self, output, which: np.ndarray) -> None:
+        """Rejected if a joint of these (D,) is measured outside its limits."""
+        looked_at = np.zeros(len(self._felt), bool)
+        looked_at[output.columns] = which
+        try:
+            self.guard.require_inside(self._felt, looked_at)
+        except Rejected as error:
+            self._astray_ns = None
+            self.guard.interventions[error.kind] += 1
+            raise
 
     def _tolerance(self, output) -> np.ndarray:
         """Return how far (D,) a joint may be from its set-point: it and its state lag behind."""
@@ -245,21 +284,29 @@ class Motion:
         return (self._astray_ns is not None
                 and now_ns - self._astray_ns >= _ASTRAY_S * NANOSECONDS)
 
-    def _set_point(self, output, now_ns: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def _set_point(self, output, now_ns: int, *,
+                   stopping: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
         """Return position and velocity (D,) of a controller of trajectories; None if unknown.
 
-        They are those of the last trajectory; a joint that has long been measured too far from
-        there counts as standing where it is.
+        They are those of the last trajectory, and for a stop always. A joint that has long been
+        measured too far from there counts as standing where it is. So does a robot that has not
+        been seen to move yet, if that is near: a controller that has just started takes late
+        what it was sent, and would jump to trajectories that have gone on ahead of it.
         """
         columns, limits = output.columns, self.guard.limits
         felt, told = self._felt[columns], output.set_point(now_ns)
-        if told is None and np.isnan(felt).any():
-            return None
-        position, velocity = (felt, np.zeros(len(felt))) if told is None else told
-        astray = (np.abs(felt - position) > self._tolerance(output)) & self._stays_astray(now_ns)
-        position = np.clip(np.where(astray, felt, position),
-                           limits.lower[columns], limits.upper[columns])
-        return position, np.where(astray, 0.0, velocity)
+        if told is None:
+            if not self.guard.is_inside(self._felt)[columns].all():
+                return None
+            told = felt, np.zeros(len(felt))
+        position, velocity = told
+        if not stopping and output.config.topic in self._stood and (
+                np.abs(felt - position) <= _BEGINS * self._astray[columns]).all():
+            position, velocity = felt, np.zeros(len(felt))
+        if not stopping and self._stays_astray(now_ns):
+            astray = np.abs(felt - position) > self._tolerance(output)
+            position, velocity = np.where(astray, felt, position), np.where(astray, 0.0, velocity)
+        return np.clip(position, limits.lower[columns], limits.upper[columns]), velocity
 
     def _begin_stream(self, safe: SafeChunk) -> None:
         space = self.robot.action_space
@@ -275,7 +322,14 @@ class Motion:
             self._looked_ns = now_ns
             self.unheard = [output.config.topic for output in self.outputs
                             if not output.publisher.get_subscription_count()]
+            self._forget_unheard()
         return not self.unheard
+
+    def _forget_unheard(self) -> None:
+        """Forget the trajectories of controllers that are gone: they do not follow them."""
+        for output in self.outputs:
+            if not output.streams and output.config.topic in self.unheard:
+                output.forget()
 
     def _send(self, due: np.ndarray | None, now_ns: int) -> None:
         target = due if self._stop is None else self._stop(now_ns)
@@ -323,7 +377,7 @@ class Motion:
         due_ns = now_ns + lead_ns + period_ns * np.arange(count)
         actions = np.array([self._stop(int(due)) for due in due_ns])
         plan = TimedActions(stamp_ns=now_ns, due_ns=due_ns, actions=actions)
-        self._send_chunk(output, plan, now_ns)
+        self._send_chunk(output, plan, now_ns, stopping=True)
 
 
 def _constant(command: np.ndarray):

@@ -179,7 +179,7 @@ class MotionControl:
     def clock_jumped(self, now_ns: int) -> None:
         """Rest where the robot is: no time of the old clock means anything now."""
         if self.motion is not None:
-            self.motion.silence('clock jump', now_ns)
+            self.motion.clock_jumped(now_ns)
 
     def values(self) -> dict[str, object]:
         """Return what diagnostics show."""

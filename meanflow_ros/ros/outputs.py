@@ -129,6 +129,10 @@ class _JointTrajectory(Output):
         return (p0 + gap_s * v0 * share + square * share**2 + cube * share**3,
                 v0 + (2 * square * share + 3 * cube * share**2) / gap_s)
 
+    def forget(self) -> None:
+        """Know no trajectory: nobody has received the last one."""
+        self._told = None
+
     def send_chunk(self, safe: SafeChunk, now_ns: int, max_velocity: np.ndarray,
                    start: tuple[np.ndarray, np.ndarray] | None = None) -> None:
         """Publish the points that lie far enough ahead, if there are any.
