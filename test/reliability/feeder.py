@@ -131,7 +131,7 @@ class Feeder:
         for name in CAMERAS:
             self._send(name, self._picture(stamp_ns))
         for name in self._seconds:
-            later = stamp_ns + 7_000_000     # a publisher of its own rhythm, and another robot near
+            later = stamp_ns + 7_000_000     # a publisher of its own rhythm, a robot near
             message = (self._picture(later) if name in CAMERAS else
                        self._joint_state(later, shift=0.1))
             self._later_on(0.007, self._seconds[name], message)
