@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import resource
 import signal
 import sys
 import threading
@@ -32,42 +31,22 @@ from trajectory_msgs.msg import JointTrajectory
 
 from meanflow_ros.core.contract import NANOSECONDS, Observation
 from meanflow_ros.core.guard import Rejected
-from meanflow_ros.core.policy import DTYPES
-from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions, multiplies_bfloat16
+from meanflow_ros.core.runtime import FastPolicy
 from meanflow_ros.core.timeline import Prefix
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
 from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest
+from meanflow_ros.ros.loading import how_it_runs, load, memory_mib, warm_up
 from meanflow_ros.ros.motion_control import MotionControl
 from meanflow_ros.ros.status import Status
 from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
 
-WARM_UP_RUNS = 5
 DECODING_THREADS = 2
 POLL_S = 0.1
 THREAD_SWITCH_S = 0.0005  # Python's 5 ms would hold back the inference thread
 FIRST_INPUT_S = 2.0  # silence about inputs that have not come yet
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device; ValueError if it is not there."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == 'auto':
-        return torch.device('cuda' if count else 'cpu')
-    device = torch.device(name)
-    if device.type == 'cuda' and (device.index or 0) >= count:
-        raise ValueError(f'device {name!r} was asked for but PyTorch sees {count} CUDA GPUs; '
-                         f'use device:=auto or device:=cpu')
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn `auto`, `float32` or `bfloat16` into a dtype; auto is bfloat16 where that is fast."""
-    if name == 'auto':
-        name = 'bfloat16' if multiplies_bfloat16(device) else 'float32'
-    return DTYPES[name]
 
 
 class PolicyNode(LifecycleNode):
@@ -117,16 +96,9 @@ class PolicyNode(LifecycleNode):
         return super().on_configure(state)
 
     def _configure(self, settings: parameters.PolicyParameters) -> None:
-        device = choose_device(settings.device)
         path = settings.checkpoint or default_checkpoint()
-        policy = FastPolicy.load(
-            path, device=device, dtype=choose_dtype(settings.dtype, device),
-            options=RuntimeOptions(compile=settings.compile, threads=settings.threads))
-        robot = policy.robot
-        if settings.robot and settings.robot != robot.robot:
-            raise ValueError(f'checkpoint {path} is for robot {robot.robot!r}, '
-                             f'this node is for {settings.robot!r}')
-        latencies = self._warm_up(policy, settings)
+        policy = load(path, settings)
+        latencies, robot = warm_up(policy, settings.sampler_steps), policy.robot
         self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
             max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s,
             min_rate_hz=settings.min_rate_hz, frozen_pictures=settings.frozen_pictures,
@@ -140,26 +112,12 @@ class PolicyNode(LifecycleNode):
         self._thread.start()
         self.get_logger().info(
             f'configured: {path} for {robot.robot}, {len(robot.cameras)} cameras, chunks of '
-            f'{robot.horizon} steps of {robot.period_s * 1e3:g} ms; {device} {policy.dtype}, '
-            f'NFE {settings.sampler_steps or policy.config.sampler_steps}, warm latency '
-            f'{np.median(latencies) * 1e3:.1f} ms, memory {_memory_mib(device):.0f} MiB')
-        for what, why in _how_it_runs(policy).items():
+            f'{robot.horizon} steps of {robot.period_s * 1e3:g} ms; {policy.device} '
+            f'{policy.dtype}, NFE {settings.sampler_steps or policy.config.sampler_steps}, warm '
+            f'latency {np.median(latencies) * 1e3:.1f} ms, memory '
+            f'{memory_mib(policy.device):.0f} MiB')
+        for what, why in how_it_runs(policy).items():
             self.get_logger().info(f'{what}: {why}')
-
-    def _warm_up(self, policy: FastPolicy, settings: parameters.PolicyParameters) -> list[float]:
-        robot = policy.robot
-        images = {camera.name: np.zeros((camera.height, camera.width, 3), np.uint8)
-                  for camera in robot.cameras}
-        observation = Observation(stamp_ns=0, images=images, instruction='warm up',
-                                  state=np.zeros(len(robot.state_names)))
-        steps = settings.sampler_steps or policy.config.sampler_steps
-        policy.warm_up(observation, [steps])
-        latencies = []
-        for _ in range(WARM_UP_RUNS):
-            start = time.perf_counter()
-            policy.act(observation, steps=steps)
-            latencies.append(time.perf_counter() - start)
-        return latencies
 
     def _connect(self, settings: parameters.PolicyParameters) -> None:
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -408,7 +366,7 @@ class PolicyNode(LifecycleNode):
             now_ns = self.get_clock().now().nanoseconds
             values |= {'robot': policy.robot.robot, 'dtype': str(policy.dtype),
                        'sampler_steps': self.get_parameter('sampler_steps').value
-                       or policy.config.sampler_steps, **_how_it_runs(policy)}
+                       or policy.config.sampler_steps, **how_it_runs(policy)}
             for name, stamp in self._ingest.newest_stamps_ns().items():
                 values[f'age {name}'] = ('never received' if stamp is None
                                          else f'{(now_ns - stamp) / NANOSECONDS:.3f} s')
@@ -425,20 +383,6 @@ class PolicyNode(LifecycleNode):
         return to_messages.diagnostic_status(
             f'{self.get_fully_qualified_name()}: policy', level, message,
             str(policy.device) if policy else '', values)
-
-
-def _how_it_runs(policy: FastPolicy) -> dict[str, str]:
-    """Return why chunks are not computed by a CUDA graph, by compiled blocks or by kernels."""
-    return {what: why or 'yes' for what, why in (
-        ('CUDA graph', policy.why_eager), ('compiled', policy.why_not_compiled),
-        ('kernels', policy.why_no_kernels))}
-
-
-def _memory_mib(device: torch.device) -> float:
-    """Return the memory that this process holds where the network runs, MiB."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _stop(*_) -> None:
