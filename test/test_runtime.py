@@ -1,6 +1,7 @@
 """FastPolicy gives Policy's chunks, and holds no more than it says."""
 
 import dataclasses
+import os
 import threading
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch
 import micro_policy
 from meanflow_ros.core import kernels, runtime
 from meanflow_ros.core.captured import GraphCache, Request, StaticAct
-from meanflow_ros.core.compiled import cache_beside
+from meanflow_ros.core.compiled import keep_compiled_in, users_cache
 from meanflow_ros.core.contract import ActionSpace, CameraSpec, Observation, RobotSpec
 from meanflow_ros.core.dit import DiTConfig
 from meanflow_ros.core.fused_encoder import ActivatedLinear
@@ -427,13 +428,16 @@ def test_a_checkpoint_is_loaded_as_the_policy_loads_it(micro_checkpoint):
     assert fast.device == torch.device('cpu') and fast.dtype == torch.float32
 
 
-def test_what_is_compiled_is_kept_beside_the_checkpoint_or_in_the_users_cache(
-        tmp_path, monkeypatch):
-    (tmp_path / 'run').mkdir()
-    assert cache_beside(tmp_path / 'run' / '..' / 'policy') == tmp_path / 'policy.compiled'
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    monkeypatch.setattr('os.access', lambda *_: False)
-    assert cache_beside(tmp_path / 'policy') == tmp_path / 'cache' / 'meanflow_ros' / 'compiled'
+def test_what_is_compiled_is_kept_where_nobody_else_can_write(tmp_path, monkeypatch):
+    monkeypatch.setattr('os.environ', {'XDG_CACHE_HOME': str(tmp_path)})
+    cache = users_cache()
+    assert cache == tmp_path / 'meanflow_ros' / 'compiled'
+    keep_compiled_in(cache)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == str(cache)
+    cache.chmod(0o720)
+    with pytest.raises(ValueError, match='others may write'):
+        keep_compiled_in(cache)
 
 
 @pytest.mark.parametrize('words, fast', [

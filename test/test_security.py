@@ -116,6 +116,19 @@ def test_a_checkpoint_has_no_field_for_files_or_code(micro_checkpoint, tmp_path,
             Policy.load(path)
 
 
+def test_a_link_does_not_lead_out_of_a_checkpoint(micro_checkpoint, tmp_path):
+    path = changed_checkpoint(micro_checkpoint, tmp_path / 'policy', lambda document: None)
+    (path / 'tokenizer.json').rename(tmp_path / 'elsewhere.json')
+    (path / 'tokenizer.json').symlink_to(tmp_path / 'elsewhere.json')
+    with pytest.raises(CheckpointError, match='leads out of the checkpoint'):
+        Policy.load(path)
+    (tmp_path / 'elsewhere.json').rename(path / 'inside.json')
+    (path / 'tokenizer.json').unlink()
+    (path / 'tokenizer.json').symlink_to('inside.json')
+    (tmp_path / 'linked').symlink_to(path)
+    Policy.load(tmp_path / 'linked')
+
+
 def test_tags_of_yaml_make_no_objects(micro_checkpoint, tmp_path):
     path = changed_checkpoint(micro_checkpoint, tmp_path / 'policy', lambda document: None)
     with open(path / 'policy.yaml', 'a') as file:

@@ -7,6 +7,7 @@ takes as long as a few blocks take, however deep the network is.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,18 +48,25 @@ class CompiledParts:
 
 
 def keep_compiled_in(cache: Path) -> None:
-    """Keep what is compiled from start to start, in a directory that the environment may name."""
+    """Keep what is compiled from start to start, in a directory that the environment may name.
+
+    What is kept there is run. So it does not lie beside the checkpoint, where it could come out of
+    somebody's archive, and ValueError says so if others may write to it. Where the directory
+    cannot be made, each start compiles anew.
+    """
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return
+    status = cache.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(f'others may write to {cache}, and what is compiled there is run: '
+                         f'chmod go-w {cache}, or set TORCHINDUCTOR_CACHE_DIR')
     os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache))
     os.environ.setdefault('TRITON_CACHE_DIR', str(cache / 'triton'))
 
 
-def cache_beside(checkpoint: Path) -> Path:
-    """Return the directory for what is compiled for a checkpoint: beside it if that is writable.
-
-    Not in it: a checkpoint holds its own files only. Elsewhere the user's cache is taken.
-    """
-    checkpoint = checkpoint.resolve()
-    if os.access(checkpoint.parent, os.W_OK):
-        return checkpoint.with_name(f'{checkpoint.name}.compiled')
+def users_cache() -> Path:
+    """Return the user's directory for what is compiled, of all checkpoints."""
     home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     return Path(home) / 'meanflow_ros' / 'compiled'

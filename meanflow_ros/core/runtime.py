@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from meanflow_ros.core import kernels
 from meanflow_ros.core.captured import (
     CudaGraphs, GraphCache, Prompt, Request, lay_out, picture_shapes)
-from meanflow_ros.core.compiled import CompiledParts, cache_beside, keep_compiled_in
+from meanflow_ros.core.compiled import CompiledParts, keep_compiled_in, users_cache
 from meanflow_ros.core.contract import ActionChunk, Observation, clean_instruction
 from meanflow_ros.core.fused import FusedNetwork
 from meanflow_ros.core.fused_dit import Schedule
@@ -107,11 +107,11 @@ class FastPolicy(Policy):
     def load(cls, directory: Path | str, *, device: str | torch.device = 'cpu',
              dtype: torch.dtype = torch.float32,
              options: RuntimeOptions = RuntimeOptions()) -> 'FastPolicy':
-        """Read a checkpoint as Policy.load does; what is compiled is kept beside it."""
+        """Read a checkpoint as Policy.load does; what is compiled is kept for the user."""
         with NoRandomWeights():
             policy = Policy.load(directory, dtype=dtype)
         if options.compile_cache is None:
-            options = dataclasses.replace(options, compile_cache=cache_beside(Path(directory)))
+            options = dataclasses.replace(options, compile_cache=users_cache())
         return cls(policy, device=device, options=options)
 
     @property

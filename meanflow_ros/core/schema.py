@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 MAX_ITEMS = 100_000
+MAX_YAML_BYTES = 16 * 2**20   # of what is no checkpoint: a configuration, a bag's metadata
 
 
 def read_yaml(path: Path, max_bytes: int):

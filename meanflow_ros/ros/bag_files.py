@@ -14,8 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from meanflow_ros.core.schema import MAX_YAML_BYTES, read_yaml
 from meanflow_ros.ros.mcap_file import Channel, Damaged, McapFile, zstd
 from meanflow_ros.ros.sqlite_file import SqliteFile
 
@@ -129,11 +128,10 @@ class Bag:
                 self._lose(f'there is no {METADATA}: the recording was not finished')
             return found
         try:
-            with open(metadata, encoding='utf-8') as file:
-                information = yaml.safe_load(file)['rosbag2_bagfile_information']
+            information = read_yaml(metadata, MAX_YAML_BYTES)['rosbag2_bagfile_information']
             version, names = information['version'], information['relative_file_paths']
             self.distribution = str(information.get('ros_distro') or '')
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             self._lose(f'{METADATA} cannot be read ({type(error).__name__}: {error})')
             return found
         if not isinstance(version, int) or version > NEWEST_VERSION:

@@ -63,7 +63,7 @@ DECLARATIONS = (
     Declaration('threads', 0, 'CPU threads of the network; 0 leaves the choice to PyTorch.',
                 minimum=0, maximum=256),
     Declaration('compile', False, "Compile the network's blocks, which can take minutes the first "
-                'time; the result is kept beside the checkpoint.'),
+                'time; the result is kept for the user.'),
     Declaration('instruction', '', 'Instruction until one arrives on the topic; empty for none.'),
     Declaration('image_transport', 'raw', 'Subscribe to image_raw, or to image_raw/compressed.',
                 pattern='raw|compressed'),

@@ -8,14 +8,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 
 from meanflow_ros.core.contract import RobotSpec
 from meanflow_ros.core.dit import H_PLACES
 from meanflow_ros.core.meanflow import LOSSES
 from meanflow_ros.core.normalize import METHODS
 from meanflow_ros.core.policy import read_robot
-from meanflow_ros.core.schema import check_keys, read_dataclass
+from meanflow_ros.core.schema import MAX_YAML_BYTES, check_keys, read_dataclass, read_yaml
 from meanflow_ros.core.times import PAIRS, SINGLE
 from meanflow_ros.training.data_config import DataConfig
 
@@ -181,11 +180,10 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def read_train_config(path: Path, arguments: argparse.Namespace | None = None) -> TrainConfig:
     """Read a training YAML; fields given on the command line win. ValueError names what is off."""
-    with open(path, encoding='utf-8') as file:
-        try:
-            document = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f'{path}: {error}') from None
+    try:
+        document = read_yaml(path, MAX_YAML_BYTES)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
     names = [option.name for option in options()]
     check_keys(document, ['robot'], ['data', *names], str(path))
     document = {**document, 'robot': read_robot(document['robot'])}

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from meanflow_ros.core.contract import NANOSECONDS, RobotSpec
 from meanflow_ros.core.policy import read_robot
-from meanflow_ros.core.schema import read_dataclass
+from meanflow_ros.core.schema import MAX_YAML_BYTES, read_dataclass, read_yaml
 from meanflow_ros.training.bags import RecordedEpisode, read_bag
 from meanflow_ros.training.data_config import DataConfig
 from meanflow_ros.training.episode import Skipped, held_at, sample_actions
@@ -139,8 +138,7 @@ def frames_of(recorded: RecordedEpisode, robot: RobotSpec, data: DataConfig) -> 
 
 
 def _read_sections(path: Path) -> tuple[RobotSpec, DataConfig]:
-    with open(path, encoding='utf-8') as file:
-        document = yaml.safe_load(file)
+    document = read_yaml(path, MAX_YAML_BYTES)
     if not isinstance(document, Mapping) or 'robot' not in document:
         raise ValueError(f'{path} has no section `robot`')
     return (read_robot(document['robot']),
@@ -182,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not bags:
             raise ValueError(f'{arguments.recordings} holds LeRobot data sets, but no bag')
         skipped = export(bags, arguments.out, robot, data, crf=arguments.crf)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         print(f'export_lerobot: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
