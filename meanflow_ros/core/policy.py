@@ -303,9 +303,9 @@ class Policy:
         for name in FILES[:3]:
             if not (directory / name).is_file():
                 raise CheckpointError(f'checkpoint {directory} has no {name}')
-            if not (directory / name).resolve().is_relative_to(directory.resolve()):
-                raise CheckpointError(f'{directory / name} is a link that leads out of the '
-                                      f'checkpoint: put the file itself there')
+        if len({(directory / name).resolve().parent for name in FILES[:3]}) > 1:
+            raise CheckpointError(f'a link in checkpoint {directory} leads away from the other '
+                                  f'files: put the file itself there')
         config = read_config(directory / 'policy.yaml')
         if (directory / 'tokenizer.json').stat().st_size > MAX_TOKENIZER_BYTES:
             raise CheckpointError(f'{directory / "tokenizer.json"} is larger than '
