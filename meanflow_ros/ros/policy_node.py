@@ -281,7 +281,7 @@ class PolicyNode(LifecycleNode):
         last_ns = self._status.last_stamp_ns
         if last_ns is not None and observation.stamp_ns <= last_ns:
             return None
-        if not self._control.motion.timeline.wants_chunk(now_ns, self._status.latency_ns()):
+        if not self._control.wants_chunk(now_ns, self._status.latency_ns()):
             return None
         self._status.last_stamp_ns = observation.stamp_ns
         return observation
