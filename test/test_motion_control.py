@@ -249,6 +249,38 @@ def test_a_model_that_hangs_stops_the_robot_and_goes_on_by_itself(rig):
           each=rig.feeder.steadily())
 
 
+@pytest.mark.parametrize('where', ['observe', 'ask', 'publish'])
+def test_an_error_that_nobody_foresaw_stops_the_robot_by_its_name_and_the_node_goes_on(
+        rig, monkeypatch, where):
+    moving(rig)
+
+    def fails(*_, **__):
+        raise MemoryError('no room')
+
+    owner = {'observe': rig.node._ingest, 'ask': rig.node._control, 'publish': rig.node._chunks}
+    what = 'inference failed' if where == 'publish' else 'observation failed'
+    with monkeypatch.context() as patch:
+        patch.setattr(owner[where], where, fails)
+        rig.diagnosed(f'no chunk: {what}: MemoryError: no room', each=rig.feeder.steadily())
+        assert rig.node._control.motion.stopped == what
+        until(lambda: rig.controller.beats[-1] == what, 'a heartbeat',
+              each=rig.feeder.steadily())
+        until(lambda: rig.node._control.motion.rests, 'rest', each=rig.feeder.steadily())
+    moving(rig)
+    rig.logged(f'producing chunks again (was: {what}: MemoryError')
+
+
+def test_where_even_the_stop_fails_nothing_more_is_sent(rig, monkeypatch):
+    moving(rig)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.node._control.motion, 'halt', None)
+        patch.setattr(rig.node._ingest, 'observe', None)
+        rig.diagnosed('control loop: TypeError', each=rig.feeder.steadily())
+    assert quiet(rig) == [] and rig.node._thread.is_alive()
+    assert rig.transition('deactivate') and rig.transition('cleanup')
+    assert rig.transition('configure') and rig.transition('activate')
+
+
 def test_execution_changes_while_the_robot_moves_and_a_bad_one_is_refused(rig):
     moving(rig)
     assert rig.set_parameter('execution', 'ensemble:0.1:newest_first').successful

@@ -132,6 +132,13 @@ class MotionControl:
         if self.motion is not None:
             self.motion.halt(reason, self._node.get_clock().now().nanoseconds)
 
+    def halt_whatever_fails(self, reason: str) -> None:
+        """Halt after an error that nobody foresaw; where even that fails, send nothing more."""
+        try:
+            self.halt(reason)
+        except Exception as error:
+            self._give_up(error)
+
     def silence(self, reason: str) -> None:
         """Halt, and send no command any more."""
         if self.motion is not None:
@@ -260,9 +267,13 @@ class MotionControl:
                 self.motion.tick(now_ns)
                 self._tell()
             except Exception as error:
-                self.failure = f'control loop: {type(error).__name__}: {error}'
-                self.motion = None      # nothing more is sent until the node is configured again
-                self._node.get_logger().error(self.failure)
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Send nothing more until the node is configured again."""
+        self.failure = f'control loop: {type(error).__name__}: {error}'
+        self.motion = None
+        self._node.get_logger().error(self.failure)
 
     def _tell(self) -> None:
         """Say on the log when the robot stops, and why, and when it moves again."""

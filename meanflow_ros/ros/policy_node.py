@@ -255,13 +255,28 @@ class PolicyNode(LifecycleNode):
                 self._inputs.wait(POLL_S)
                 if self._policy is not policy:
                     return
-                observation = self._next_observation() if self._active else None
-                if observation is not None:
-                    self._inferring_since_s = time.monotonic()
-                    asked = self._control.ask(observation)
-            if observation is not None:
-                self._infer(policy, observation, *asked)
+                question = self._question() if self._active else None
+            if question is not None:
+                self._infer(policy, *question)
                 self._inferring_since_s = None
+
+    def _question(self) -> tuple[Observation, int, Prefix | None] | None:
+        """Return a new observation and what its chunk belongs to, see `MotionControl.ask`."""
+        try:
+            observation = self._next_observation()
+            if observation is None:
+                return None
+            asked = self._control.ask(observation)
+        except (Exception, SystemExit) as error:  # whatever is raised must not end the thread
+            self._fail('observation failed', error)
+            return None
+        self._inferring_since_s = time.monotonic()
+        return observation, *asked
+
+    def _fail(self, what: str, error: BaseException) -> None:
+        """Stop the robot after an error that nobody foresaw, and say so. Call it locked."""
+        self._control.halt_whatever_fails(what)
+        self._report(f'{what}: {type(error).__name__}: {error}')
 
     def _next_observation(self) -> Observation | None:
         """Return an observation that has not been used yet, or report why there is none."""
@@ -288,9 +303,9 @@ class PolicyNode(LifecycleNode):
 
     def _infer(self, policy: FastPolicy, observation: Observation, epoch: int,
                prefix: Prefix | None) -> None:
-        steps = self.get_parameter('sampler_steps').value or None
         start = time.perf_counter()
         try:
+            steps = self.get_parameter('sampler_steps').value or None
             given = {} if prefix is None else {'prefix': prefix.actions}
             chunk = policy.act(observation, steps=steps, seed=self.get_parameter('seed').value,
                                **given)
@@ -306,17 +321,16 @@ class PolicyNode(LifecycleNode):
                 safe = self._control.motion.accept(
                     chunk, now_ns=self._now_ns(), epoch=epoch, state=observation.state,
                     prefix=prefix)
+                if safe is None:
+                    self._status.discarded += 1
+                    return
+                self._chunks.publish(to_messages.joint_trajectory(safe))
             except Rejected as error:
                 self._report(f'guard: {error}')
                 return
             except Exception as error:  # nor what comes of an answer that is no chunk
-                self._control.halt('inference failed')
-                self._report(f'inference failed: {type(error).__name__}: {error}')
+                self._fail('inference failed', error)
                 return
-            if safe is None:
-                self._status.discarded += 1
-                return
-            self._chunks.publish(to_messages.joint_trajectory(safe))
             recovered = self._status.published(latency_s)
         if recovered:
             self.get_logger().info(f'producing chunks again (was: {recovered})')
