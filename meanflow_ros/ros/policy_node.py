@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import signal
 import sys
 import threading
@@ -45,7 +46,10 @@ from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
 DECODING_THREADS = 2
 POLL_S = 0.1
 THREAD_SWITCH_S = 0.0005  # Python's 5 ms would hold back the inference thread
+END_S = 2.0         # that the network has to answer before it is left behind
 FIRST_INPUT_S = 2.0  # silence about inputs that have not come yet
+LEFT = 'the network of the last configuration has not answered yet; if it never does, start the ' \
+       'node again'
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
@@ -58,6 +62,7 @@ class PolicyNode(LifecycleNode):
         self._active = False
         self._policy: FastPolicy | None = None
         self._thread: threading.Thread | None = None
+        self._left: tuple[threading.Thread, FastPolicy] | None = None  # still in the network
         self._sensors: list[AdaptiveSubscription] = []
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix='decode')
         self._status = Status()
@@ -96,6 +101,9 @@ class PolicyNode(LifecycleNode):
         return super().on_configure(state)
 
     def _configure(self, settings: parameters.PolicyParameters) -> None:
+        self._free_left()
+        if self._left is not None:
+            raise RuntimeError(LEFT)
         path = settings.checkpoint or default_checkpoint()
         policy = load(path, settings)
         latencies, robot = warm_up(policy, settings.sampler_steps), policy.robot
@@ -180,17 +188,43 @@ class PolicyNode(LifecycleNode):
             policy, self._policy = self._policy, None
             self._inputs.notify_all()
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            policy.close()
+            self._end_inference(policy)
             self.destroy_lifecycle_publisher(self._chunks)
             self.destroy_service(self._reset_service)
             self.destroy_subscription(self._instruction)
         while self._sensors:
             self._sensors.pop().destroy()
         self._status = Status()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self._left is not None:
+            self._status.reason = LEFT
+        elif torch.cuda.is_available():
+            torch.cuda.empty_cache()      # it would wait for the network too
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a network that was left behind still runs."""
+        return self._left is not None and self._left[0].is_alive()
+
+    def _end_inference(self, policy: FastPolicy) -> None:
+        """Free the network; one that hangs is left as it is, for as long as it does."""
+        thread, self._thread = self._thread, None
+        thread.join(END_S)
+        if thread.is_alive():
+            self._left = thread, policy
+            self.get_logger().error(f'the network has not answered for {END_S:g} s: it is left '
+                                    f'behind, and nothing can be configured before it answers')
+        else:
+            policy.close()
+
+    def _free_left(self) -> None:
+        """Free a network that was left behind, if it has answered meanwhile."""
+        if self._left is None or self.hangs:
+            return
+        self._left[1].close()
+        self._left = None
+        if self._status.reason == LEFT:
+            self._status.reason = None
+        self.get_logger().info('the network that was left behind has answered and is freed')
 
     # Inputs: callbacks store, and wake the inference thread
 
@@ -310,11 +344,14 @@ class PolicyNode(LifecycleNode):
             chunk = policy.act(observation, steps=steps, seed=self.get_parameter('seed').value,
                                **given)
         except (Exception, SystemExit) as error:  # whatever is raised must not end the thread
-            self._report(f'inference failed: {type(error).__name__}: {error}')
+            if self._policy is policy:
+                self._report(f'inference failed: {type(error).__name__}: {error}')
             return
         latency_s = time.perf_counter() - start
         with self._inputs:
-            if self._policy is not policy or not self._active or self._control.why_not():
+            if self._policy is not policy:
+                return
+            if not self._active or self._control.why_not():
                 self._status.discarded += 1
                 return
             try:
@@ -358,6 +395,7 @@ class PolicyNode(LifecycleNode):
     # Diagnostics
 
     def _every_second(self) -> None:
+        self._free_left()
         for sensor in self._sensors:
             sensor.adapt()
         self._publish_diagnostics()
@@ -424,6 +462,9 @@ def main(argv=None) -> int:
         executor.shutdown()
         node.destroy_node()
         rclpy.try_shutdown()
+        if node.hangs:
+            sys.stderr.flush()
+            os._exit(1)  # Python's end would wait for the network, or take it apart as it runs
         gc.freeze()  # or Python looks for garbage at its end, for seconds; launch kills after 5
     return 0
 
