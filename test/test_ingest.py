@@ -10,7 +10,8 @@ import pytest
 
 from meanflow_ros.core.contract import ActionSpace, CameraSpec, RobotSpec
 from meanflow_ros.ros import from_messages
-from meanflow_ros.ros.ingest import Ingest
+from meanflow_ros.ros.bag import TYPES
+from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest
 from meanflow_ros.ros.streams import IngestLimits, NoObservation
 
 MS = 1_000_000
@@ -262,6 +263,29 @@ def test_bytes_that_are_no_joint_state_stop_observations(ingest, data, reason):
         ingest.add_serialized_joint_state(data, now_ns=T0)
     fault = why_not(ingest, T0)
     assert fault.stream == 'joint_states' and reason in fault.reason
+
+
+@pytest.mark.parametrize('type_name', [IMAGE, COMPRESSED_IMAGE])
+def test_a_picture_message_with_too_many_bytes_is_refused_before_it_is_read(
+        ingest, monkeypatch, type_name):
+    feed(ingest, T0)
+    monkeypatch.setattr('meanflow_ros.ros.ingest.deserialize', None)
+    with pytest.raises(ValueError, match='picture message has 68157441 bytes, at most 68157440'):
+        ingest.add_serialized('front', bytes(65 * 2**20 + 1), type_name, now_ns=T0 + MS)
+    fault = why_not(ingest, T0 + MS)
+    assert (fault.stream, fault.kind) == ('camera/front', 'malformed')
+
+
+def test_the_largest_picture_that_is_allowed_is_read(ingest):
+    side, frame = 4096, 'x' * 1000
+    message = TYPES.types[IMAGE](
+        header=TYPES.types['std_msgs/msg/Header'](
+            stamp=TYPES.types['builtin_interfaces/msg/Time'](sec=5, nanosec=0), frame_id=frame),
+        height=side, width=side, encoding='rgba8', is_bigendian=0, step=4 * side + 128,
+        data=np.zeros(side * (4 * side + 128), np.uint8))
+    data = TYPES.serialize_cdr(message, IMAGE)
+    ingest.add_serialized('front', data, IMAGE, now_ns=5 * 10**9)
+    assert ingest.newest_stamps_ns()['camera/front'] == 5 * 10**9
 
 
 def test_the_default_instruction_serves_until_one_comes():

@@ -296,6 +296,19 @@ def test_a_binary_gripper_changes_with_hysteresis():
     assert said == [False, False, True, True, True, False]
 
 
+def test_a_binary_gripper_is_told_nothing_before_a_threshold_has_been_crossed():
+    _, driven = servo()
+    said = []
+    for value in (0.5, 0.6, 0.25, 0.5):       # a node that starts while something is held
+        driven.chunk(steady(np.array([0.0] * 6 + [value])))
+        driven.run(0.3)
+        said.append({message.data for topic, _, message in driven.wire.sent
+                     if topic == '/gripper/closed'})
+    assert said == [set(), set(), {True}, {True}]
+    assert {topic for topic, _, _ in driven.wire.sent} == {'/servo_node/delta_twist_cmds',
+                                                           '/gripper/closed'}
+
+
 def test_an_aloha_is_split_over_four_controllers_in_their_own_order():
     receivers = {'/left_arm_controller/commands': ForwardCommandController(6),
                  '/left_gripper_controller/commands': ForwardCommandController(1),

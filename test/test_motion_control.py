@@ -14,7 +14,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile  # noqa: E402
 from std_msgs.msg import Float64MultiArray, Header, String  # noqa: E402
 from std_srvs.srv import SetBool  # noqa: E402
 
-from meanflow_ros.core.contract import ActionChunk  # noqa: E402
+from meanflow_ros.core.contract import ActionChunk, TimedActions  # noqa: E402
 from meanflow_ros.ros.motion_control import SETTLE_S  # noqa: E402
 from micro_policy import DIMENSIONS, FIRST_STEP, HORIZON, LOWER, PERIOD_S, UPPER  # noqa: E402
 from node_rig import Rig, until  # noqa: E402
@@ -249,6 +249,38 @@ def test_a_model_that_hangs_stops_the_robot_and_goes_on_by_itself(rig):
           each=rig.feeder.steadily())
 
 
+@pytest.mark.parametrize('where', ['observe', 'ask', 'publish'])
+def test_an_error_that_nobody_foresaw_stops_the_robot_by_its_name_and_the_node_goes_on(
+        rig, monkeypatch, where):
+    moving(rig)
+
+    def fails(*_, **__):
+        raise MemoryError('no room')
+
+    owner = {'observe': rig.node._ingest, 'ask': rig.node._control, 'publish': rig.node._chunks}
+    what = 'inference failed' if where == 'publish' else 'observation failed'
+    with monkeypatch.context() as patch:
+        patch.setattr(owner[where], where, fails)
+        rig.diagnosed(f'no chunk: {what}: MemoryError: no room', each=rig.feeder.steadily())
+        assert rig.node._control.motion.stopped == what
+        until(lambda: rig.controller.beats[-1] == what, 'a heartbeat',
+              each=rig.feeder.steadily())
+        until(lambda: rig.node._control.motion.rests, 'rest', each=rig.feeder.steadily())
+    moving(rig)
+    rig.logged(f'producing chunks again (was: {what}: MemoryError')
+
+
+def test_where_even_the_stop_fails_nothing_more_is_sent(rig, monkeypatch):
+    moving(rig)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.node._control.motion, 'halt', None)
+        patch.setattr(rig.node._ingest, 'observe', None)
+        rig.diagnosed('control loop: TypeError', each=rig.feeder.steadily())
+    assert quiet(rig) == [] and rig.node._thread.is_alive()
+    assert rig.transition('deactivate') and rig.transition('cleanup')
+    assert rig.transition('configure') and rig.transition('activate')
+
+
 def test_execution_changes_while_the_robot_moves_and_a_bad_one_is_refused(rig):
     moving(rig)
     assert rig.set_parameter('execution', 'ensemble:0.1:newest_first').successful
@@ -259,6 +291,28 @@ def test_execution_changes_while_the_robot_moves_and_a_bad_one_is_refused(rig):
     assert not rig.set_parameter('execution', 'sometimes').successful
     assert rig.set_parameter('execution', 'receding_horizon').successful
     moving(rig)
+
+
+def test_an_open_loop_is_left_at_once_and_not_at_the_end_of_its_chunk(micro_checkpoint, tmp_path):
+    path = tmp_path / 'motion.yaml'
+    path.write_text('deadline_s: 60.0')
+    with Rig(micro_checkpoint, parameters={'motion': str(path),
+                                           'execution': 'open_loop'}) as rig:
+        rig.activate().recovers()
+        rig.settle()
+        timeline, now_ns = rig.node._control.motion.timeline, rig.feeder.now_ns()
+        with rig.node._inputs:
+            timeline.clear()
+            timeline.add(TimedActions(stamp_ns=now_ns, actions=np.tile(MIDDLE, (600, 1)),
+                                      due_ns=now_ns + 10**8 * np.arange(600)))
+            timeline.at(now_ns)
+        count = len(rig.feeder.chunks)
+        for _ in range(3):
+            rig.diagnosed('', each=rig.feeder.steadily())
+        assert len(rig.feeder.chunks) == count and 'OpenLoop' in rig.values()['execution']
+        assert rig.set_parameter('execution', 'receding_horizon').successful
+        until(lambda: 'RecedingHorizon' in rig.values()['execution'], 'the mode, without inputs')
+        rig.recovers()
 
 
 def test_an_instruction_that_is_repeated_stops_nothing_and_a_new_one_does(rig):

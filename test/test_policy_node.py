@@ -2,6 +2,9 @@
 
 import gc
 import itertools
+import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -181,6 +184,59 @@ def test_the_node_can_be_cleaned_up_while_the_network_runs(micro_checkpoint):
         assert rig.transition('deactivate')
         assert rig.transition('cleanup')
         assert not rig.feeder.chunks
+
+
+def test_a_network_that_hangs_is_left_behind_unused_until_it_answers(
+        micro_checkpoint, monkeypatch):
+    monkeypatch.setattr(policy_node, 'END_S', 0.2)
+    gate, closed = Gate(), []
+    with Rig(micro_checkpoint) as rig:
+        rig.activate()
+        policy = weakref.ref(rig.node._policy)
+        rig.node._policy.close = lambda: closed.append(gate.opened.is_set())
+        rig.act(gate)
+        until(gate.entered.is_set, 'inference', each=rig.feeder.steadily())
+        assert rig.transition('deactivate') and rig.transition('cleanup')
+        rig.logged('the network has not answered for 0.2 s: it is left behind')
+        assert rig.diagnosed('has not answered yet').level == b'\2' and rig.node.hangs
+        assert not rig.transition('configure') and not closed
+        rig.logged('configure failed: the network of the last configuration')
+        gate.opened.set()
+        rig.logged('the network that was left behind has answered and is freed')
+        assert closed == [True] and not rig.node.hangs and not rig.feeder.chunks
+        rig.activate().recovers()
+        gc.collect()
+        assert policy() is None
+
+
+HANGS = """
+import sys, time
+from meanflow_ros.ros import policy_node
+def hangs(self, policy):
+    while True:
+        time.sleep(1)
+policy_node.PolicyNode._infer_forever = hangs
+policy_node.END_S = 0.5
+sys.exit(policy_node.main(sys.argv))
+"""
+
+
+def test_an_interrupt_ends_a_node_whose_network_hangs_for_ever(micro_checkpoint):
+    process = subprocess.Popen(
+        [sys.executable, '-c', HANGS, '--ros-args', '-p', f'checkpoint:={micro_checkpoint}', '-p',
+         'autostart:=true', '-p', 'threads:=1', '-r', '__ns:=/hangs'],
+        text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    watchdog = threading.Timer(90.0, process.kill)
+    watchdog.start()
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if 'active: publishing' in line:
+            process.send_signal(signal.SIGINT)
+    watchdog.cancel()
+    text = ''.join(lines)
+    assert process.wait() == 1, text
+    assert 'the network has not answered for 0.5 s' in text and 'Traceback' not in text
 
 
 def test_autostart_configures_and_activates(micro_checkpoint):

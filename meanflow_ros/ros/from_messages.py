@@ -17,6 +17,7 @@ from meanflow_ros.core.contract import NANOSECONDS, TimedActions
 
 CHANNELS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1}
 MAX_PIXELS = 4096 * 4096
+MAX_RAW_BYTES = MAX_PIXELS * max(CHANNELS.values())
 MAX_COMPRESSED_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 2**20     # before a JPEG's size: a few sections of 64 KiB (EXIF, thumbnails)
 _JPEG_FRAMES = {*range(0xc0, 0xd0)} - {0xc4, 0xc8, 0xcc}

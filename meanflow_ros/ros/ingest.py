@@ -26,6 +26,8 @@ from meanflow_ros.ros.streams import (
 IMAGE, COMPRESSED_IMAGE = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
 CAMERA_BUFFER = 8
 STATE_BUFFER = 256
+MAX_BYTES = {type_name: data + 2**20 for type_name, data in (   # header, padding of the rows
+    (IMAGE, from_messages.MAX_RAW_BYTES), (COMPRESSED_IMAGE, from_messages.MAX_COMPRESSED_BYTES))}
 MAX_STATE_BYTES = 2**18    # of a joint state: thousands of joints
 CLOCK_JUMP_S = 1.0        # the clock may run ahead of steady time by less than this, between looks
 ASPECT_TOLERANCE = 0.01   # of width / height
@@ -104,6 +106,9 @@ class Ingest:
     def add_serialized(self, camera: str, data: bytes, type_name: str, *, now_ns: int) -> None:
         """Take a serialised picture of either type, as a raw subscription gives it."""
         with noting_fault(self._cameras[camera]):
+            if len(data) > MAX_BYTES[type_name]:
+                raise ValueError(f'picture message has {len(data)} bytes, at most '
+                                 f'{MAX_BYTES[type_name]} are read')
             message = deserialize(data, type_name)
         add = self.add_image if type_name == IMAGE else self.add_compressed_image
         add(camera, message, now_ns=now_ns)

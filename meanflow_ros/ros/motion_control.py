@@ -109,13 +109,14 @@ class MotionControl:
             return 'disabled: enable with ~/enable data: true'
         return self.failure
 
+    def wants_chunk(self, now_ns: int, lead_ns: int) -> bool:
+        """Whether a new chunk could be of use, see `Timeline.wants_chunk`."""
+        self._read_execution()
+        return self.motion.timeline.wants_chunk(now_ns, lead_ns)
+
     def ask(self, observation: Observation) -> tuple[int, Prefix | None]:
         """Return what a chunk for this observation belongs to, and what it continues."""
         timeline, robot = self.motion.timeline, self.motion.robot
-        execution = self._node.get_parameter('execution').value
-        if execution != self._execution:
-            self._execution, timeline.mode = execution, read_mode(execution)
-            self._node.get_logger().info(f'execution: {execution}')
         first_due_ns = observation.stamp_ns + round(
             robot.first_step * robot.period_s * NANOSECONDS)
         prefix = timeline.prefix(first_due_ns) if isinstance(timeline.mode, RealTime) else None
@@ -130,6 +131,13 @@ class MotionControl:
         """Do the safe action and forget all chunks; call it with the lock held, as all here."""
         if self.motion is not None:
             self.motion.halt(reason, self._node.get_clock().now().nanoseconds)
+
+    def halt_whatever_fails(self, reason: str) -> None:
+        """Halt after an error that nobody foresaw; where even that fails, send nothing more."""
+        try:
+            self.halt(reason)
+        except Exception as error:
+            self._give_up(error)
 
     def silence(self, reason: str) -> None:
         """Halt, and send no command any more."""
@@ -194,6 +202,13 @@ class MotionControl:
                 **{f'discarded, {kind}': count
                    for kind, count in motion.timeline.discarded.items()}}
 
+    def _read_execution(self) -> None:
+        """Follow the parameter, which `_check` has let pass."""
+        execution = self._node.get_parameter('execution').value
+        if execution != self._execution:
+            self._execution, self.motion.timeline.mode = execution, read_mode(execution)
+            self._node.get_logger().info(f'execution: {execution}')
+
     def _mode(self, text: str, policy: Policy) -> Mode:
         mode, longest = read_mode(text), getattr(policy.config, 'max_prefix', 0)
         if isinstance(mode, RealTime) and mode.delay_steps > longest:
@@ -248,12 +263,17 @@ class MotionControl:
             try:
                 now_ns = self._now_ns()
                 self._watch_clock(now_ns)
+                self._read_execution()
                 self.motion.tick(now_ns)
                 self._tell()
             except Exception as error:
-                self.failure = f'control loop: {type(error).__name__}: {error}'
-                self.motion = None      # nothing more is sent until the node is configured again
-                self._node.get_logger().error(self.failure)
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Send nothing more until the node is configured again."""
+        self.failure = f'control loop: {type(error).__name__}: {error}'
+        self.motion = None
+        self._node.get_logger().error(self.failure)
 
     def _tell(self) -> None:
         """Say on the log when the robot stops, and why, and when it moves again."""

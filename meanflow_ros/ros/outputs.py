@@ -37,10 +37,12 @@ class Output:
 
     def send_command(self, command: SafeCommand) -> None:
         """Publish one command of a stream."""
-        self.publisher.publish(self.message(command.values[self.columns], command.stamp_ns))
+        message = self.message(command.values[self.columns], command.stamp_ns)
+        if message is not None:
+            self.publisher.publish(message)
 
     def message(self, values: np.ndarray, stamp_ns: int):
-        """Return the message for these values of its dimensions."""
+        """Return the message for these values of its dimensions, None if there is none to send."""
         raise NotImplementedError
 
 
@@ -84,7 +86,7 @@ class _JointJog(Output):
 class _Gripper(Output):
     def __init__(self, node, config, space):
         self.message_type = Bool if config.binary else Float64MultiArray
-        self._closed = False
+        self._closed: bool | None = None     # until a threshold has been crossed
         super().__init__(node, config, space)
 
     def message(self, values, stamp_ns):
@@ -94,7 +96,7 @@ class _Gripper(Output):
             self._closed = True
         elif values[0] > self.config.open_above:
             self._closed = False
-        return Bool(data=self._closed)
+        return None if self._closed is None else Bool(data=self._closed)
 
 
 class _JointTrajectory(Output):

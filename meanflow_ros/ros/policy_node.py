@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import signal
 import sys
 import threading
@@ -45,7 +46,10 @@ from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
 DECODING_THREADS = 2
 POLL_S = 0.1
 THREAD_SWITCH_S = 0.0005  # Python's 5 ms would hold back the inference thread
+END_S = 2.0         # that the network has to answer before it is left behind
 FIRST_INPUT_S = 2.0  # silence about inputs that have not come yet
+LEFT = 'the network of the last configuration has not answered yet; if it never does, start the ' \
+       'node again'
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
@@ -58,6 +62,7 @@ class PolicyNode(LifecycleNode):
         self._active = False
         self._policy: FastPolicy | None = None
         self._thread: threading.Thread | None = None
+        self._left: tuple[threading.Thread, FastPolicy] | None = None  # still in the network
         self._sensors: list[AdaptiveSubscription] = []
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix='decode')
         self._status = Status()
@@ -96,6 +101,9 @@ class PolicyNode(LifecycleNode):
         return super().on_configure(state)
 
     def _configure(self, settings: parameters.PolicyParameters) -> None:
+        self._free_left()
+        if self._left is not None:
+            raise RuntimeError(LEFT)
         path = settings.checkpoint or default_checkpoint()
         policy = load(path, settings)
         latencies, robot = warm_up(policy, settings.sampler_steps), policy.robot
@@ -180,17 +188,43 @@ class PolicyNode(LifecycleNode):
             policy, self._policy = self._policy, None
             self._inputs.notify_all()
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            policy.close()
+            self._end_inference(policy)
             self.destroy_lifecycle_publisher(self._chunks)
             self.destroy_service(self._reset_service)
             self.destroy_subscription(self._instruction)
         while self._sensors:
             self._sensors.pop().destroy()
         self._status = Status()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self._left is not None:
+            self._status.reason = LEFT
+        elif torch.cuda.is_available():
+            torch.cuda.empty_cache()      # it would wait for the network too
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a network that was left behind still runs."""
+        return self._left is not None and self._left[0].is_alive()
+
+    def _end_inference(self, policy: FastPolicy) -> None:
+        """Free the network; one that hangs is left as it is, for as long as it does."""
+        thread, self._thread = self._thread, None
+        thread.join(END_S)
+        if thread.is_alive():
+            self._left = thread, policy
+            self.get_logger().error(f'the network has not answered for {END_S:g} s: it is left '
+                                    f'behind, and nothing can be configured before it answers')
+        else:
+            policy.close()
+
+    def _free_left(self) -> None:
+        """Free a network that was left behind, if it has answered meanwhile."""
+        if self._left is None or self.hangs:
+            return
+        self._left[1].close()
+        self._left = None
+        if self._status.reason == LEFT:
+            self._status.reason = None
+        self.get_logger().info('the network that was left behind has answered and is freed')
 
     # Inputs: callbacks store, and wake the inference thread
 
@@ -255,13 +289,28 @@ class PolicyNode(LifecycleNode):
                 self._inputs.wait(POLL_S)
                 if self._policy is not policy:
                     return
-                observation = self._next_observation() if self._active else None
-                if observation is not None:
-                    self._inferring_since_s = time.monotonic()
-                    asked = self._control.ask(observation)
-            if observation is not None:
-                self._infer(policy, observation, *asked)
+                question = self._question() if self._active else None
+            if question is not None:
+                self._infer(policy, *question)
                 self._inferring_since_s = None
+
+    def _question(self) -> tuple[Observation, int, Prefix | None] | None:
+        """Return a new observation and what its chunk belongs to, see `MotionControl.ask`."""
+        try:
+            observation = self._next_observation()
+            if observation is None:
+                return None
+            asked = self._control.ask(observation)
+        except (Exception, SystemExit) as error:  # whatever is raised must not end the thread
+            self._fail('observation failed', error)
+            return None
+        self._inferring_since_s = time.monotonic()
+        return observation, *asked
+
+    def _fail(self, what: str, error: BaseException) -> None:
+        """Stop the robot after an error that nobody foresaw, and say so. Call it locked."""
+        self._control.halt_whatever_fails(what)
+        self._report(f'{what}: {type(error).__name__}: {error}')
 
     def _next_observation(self) -> Observation | None:
         """Return an observation that has not been used yet, or report why there is none."""
@@ -281,42 +330,44 @@ class PolicyNode(LifecycleNode):
         last_ns = self._status.last_stamp_ns
         if last_ns is not None and observation.stamp_ns <= last_ns:
             return None
-        if not self._control.motion.timeline.wants_chunk(now_ns, self._status.latency_ns()):
+        if not self._control.wants_chunk(now_ns, self._status.latency_ns()):
             return None
         self._status.last_stamp_ns = observation.stamp_ns
         return observation
 
     def _infer(self, policy: FastPolicy, observation: Observation, epoch: int,
                prefix: Prefix | None) -> None:
-        steps = self.get_parameter('sampler_steps').value or None
         start = time.perf_counter()
         try:
+            steps = self.get_parameter('sampler_steps').value or None
             given = {} if prefix is None else {'prefix': prefix.actions}
             chunk = policy.act(observation, steps=steps, seed=self.get_parameter('seed').value,
                                **given)
         except (Exception, SystemExit) as error:  # whatever is raised must not end the thread
-            self._report(f'inference failed: {type(error).__name__}: {error}')
+            if self._policy is policy:
+                self._report(f'inference failed: {type(error).__name__}: {error}')
             return
         latency_s = time.perf_counter() - start
         with self._inputs:
-            if self._policy is not policy or not self._active or self._control.why_not():
+            if self._policy is not policy:
+                return
+            if not self._active or self._control.why_not():
                 self._status.discarded += 1
                 return
             try:
                 safe = self._control.motion.accept(
                     chunk, now_ns=self._now_ns(), epoch=epoch, state=observation.state,
                     prefix=prefix)
+                if safe is None:
+                    self._status.discarded += 1
+                    return
+                self._chunks.publish(to_messages.joint_trajectory(safe))
             except Rejected as error:
                 self._report(f'guard: {error}')
                 return
             except Exception as error:  # nor what comes of an answer that is no chunk
-                self._control.halt('inference failed')
-                self._report(f'inference failed: {type(error).__name__}: {error}')
+                self._fail('inference failed', error)
                 return
-            if safe is None:
-                self._status.discarded += 1
-                return
-            self._chunks.publish(to_messages.joint_trajectory(safe))
             recovered = self._status.published(latency_s)
         if recovered:
             self.get_logger().info(f'producing chunks again (was: {recovered})')
@@ -344,6 +395,7 @@ class PolicyNode(LifecycleNode):
     # Diagnostics
 
     def _every_second(self) -> None:
+        self._free_left()
         for sensor in self._sensors:
             sensor.adapt()
         self._publish_diagnostics()
@@ -410,6 +462,9 @@ def main(argv=None) -> int:
         executor.shutdown()
         node.destroy_node()
         rclpy.try_shutdown()
+        if node.hangs:
+            sys.stderr.flush()
+            os._exit(1)  # Python's end would wait for the network, or take it apart as it runs
         gc.freeze()  # or Python looks for garbage at its end, for seconds; launch kills after 5
     return 0
 
