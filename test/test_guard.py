@@ -183,6 +183,38 @@ def test_what_would_have_to_be_slowed_down_too_much_is_rejected():
         guard('velocity', 'slow').check(moving(np.array([0, 1.5, 1.5, 1.5, 1.5])), now_ns=0)
 
 
+def test_a_rate_that_cannot_be_0_is_not_slowed_out_of_its_limits():
+    v = np.array([0.2, 0.8, 0.9, 0.8, 0.21])
+    slow = guard('velocity', 'slow', workspace={'v': (0.2, 1.0)})
+    with pytest.raises(Rejected, match="'v' would leave its limits, made 1.1 x slower") as caught:
+        slow.check(moving(np.zeros(5), v), now_ns=0)
+    assert caught.value.kind == 'position'
+
+
+def test_a_clamped_chunk_may_begin_beyond_a_limit_by_rounding():
+    clamp = guard('velocity', 'clamp')
+    q = np.array([2.0 + 1e-9, 1.5, 1.5, 1.5, 1.5])
+    timed = clamp.check(moving(q), now_ns=0).timed
+    assert timed.actions[0, 0] == 2.0 and 1.5 < timed.actions[-1, 0] < 1.8
+
+
+@pytest.mark.parametrize('stamp_ns, period_s', [(2**63, 0.1), (-2**70, 0.1), (0, 1e300),
+                                                (0, 1e308), (0, 1e-12)])
+def test_times_that_cannot_be_are_a_value_error(stamp_ns, period_s):
+    with pytest.raises(ValueError, match='due times|nanosecond apart'):
+        guard().check(ActionChunk(actions=np.zeros((5, 2)), stamp_ns=stamp_ns, period_s=period_s),
+                      now_ns=0)
+
+
+def test_a_motion_that_is_no_number_is_not_continued():
+    near = guard('first_step', 'clamp', first_step=np.array([0.05, np.inf]))
+    for row in range(3):
+        motion = np.zeros((3, 2))
+        motion[row, 0] = np.nan
+        with pytest.raises(Rejected):
+            near.check(moving(np.full(5, 0.3)), now_ns=0, start=np.zeros(2), motion=motion)
+
+
 def test_a_clamped_chunk_goes_the_same_way_within_the_limits_on_the_same_times():
     clamp = guard('velocity', 'clamp')
     timed = clamp.check(moving(np.array([0.0, 1.0, 1.0, 1.0, 1.0])), now_ns=0).timed

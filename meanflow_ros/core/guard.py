@@ -309,6 +309,8 @@ class Guard:
                                                  f'{tolerance[worst]:g} apart is allowed')
                 self.interventions['first_step clamped'] += 1
                 begin = self.require_inside(start if motion is None else motion[0])
+                if motion is not None and not np.isfinite(motion).all():
+                    raise Rejected('not_finite', 'the motion that is under way is not finite')
                 timed = (self._tracked(timed, begin) if motion is None else
                          _without_first(self.follow(timed, now_ns=now_ns, motion=motion)))
         excess = _excess(timed, self.limits)
@@ -322,7 +324,8 @@ class Guard:
                                      f'its {kind} limit of {limit:g}')
             if self._remedy(kind) == CLAMP:
                 self.interventions[f'{kind} clamped'] += 1
-                return self._tracked(timed, timed.actions[0])
+                return self._tracked(timed, np.clip(timed.actions[0], self._box.lower,
+                                                    self._box.upper))
             self.interventions[f'{kind} slowed'] += 1
             timed = self._slowed(timed)
             excess = _excess(timed, self.limits)
@@ -370,9 +373,17 @@ class Guard:
                                        f'the limits, at most {self._settings.max_slowdown:g} x '
                                        f'is allowed')
         since = (timed.due_ns - timed.due_ns[0]) * factor
+        actions = np.where(rate, timed.actions / factor, timed.actions)
+        beyond = rate & ((actions < self._box.lower) & (timed.actions >= self._box.lower)
+                         | (actions > self._box.upper)
+                         & (timed.actions <= self._box.upper)).any(axis=0)
+        if beyond.any():
+            name = self._box.names[int(np.argmax(beyond))]
+            raise Rejected('position', f'{name!r} would leave its limits, made {factor:.3g} x '
+                                       f'slower: they leave out 0')
         return TimedActions(stamp_ns=timed.stamp_ns,
                             due_ns=timed.due_ns[0] + np.ceil(since).astype(np.int64),
-                            actions=np.where(rate, timed.actions / factor, timed.actions))
+                            actions=actions)
 
 
 def _with_first(timed: TimedActions, due_ns: int, action: np.ndarray) -> TimedActions:

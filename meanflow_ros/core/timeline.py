@@ -21,13 +21,11 @@ MAX_CHUNKS = 64
 
 
 def steps_still_due(chunk: ActionChunk, *, now_ns: int) -> TimedActions | None:
-    """Drop the steps whose due time is past; None when nothing is left."""
-    due_ns = np.array([chunk.due_ns(step) for step in range(len(chunk.actions))], np.int64)
-    keep = due_ns >= now_ns
-    if not keep.any():
-        return None
-    return TimedActions(stamp_ns=chunk.stamp_ns, due_ns=due_ns[keep],
-                        actions=chunk.actions[keep])
+    """Drop the steps whose due time is past; None when nothing is left.
+
+    ValueError for times that cannot be.
+    """
+    return chunk.timed().after(now_ns)
 
 
 def value_at(timed: TimedActions, time_ns: int, period_ns: int) -> np.ndarray | None:
