@@ -494,22 +494,93 @@ def test_the_samplers_ask_for_the_times_of_their_steps(steps):
     assert len(asked) == steps and all(h == [0.0, 0.0] for _, h in asked)
 
 
+# All data is x ~ N(MEAN, STD^2), in each dimension by itself.
+MEAN, STD = 0.21, 0.13
+
+
+def spread(t):
+    """Return the standard deviation of z = (1 - t) x + t e."""
+    return torch.sqrt((1 - t)**2 * STD**2 + t**2)
+
+
+def expected_velocity(z, t):
+    """E[v | z] = E[v] + Cov(v, z) / Var(z) (z - E[z])."""
+    slope = (t - (1 - t) * STD**2) / spread(t)**2
+    return -MEAN + broadcast(slope) * (z - broadcast(1 - t) * MEAN)
+
+
+def gaussian_slope(t, r):
+    """(spread(t) - spread(r)) / ((t - r) spread(t)), in a form that holds at r = t too."""
+    return ((t + r) - STD**2 * (2 - t - r)) / (spread(t) * (spread(t) + spread(r)))
+
+
+def gaussian_field(z, t, h, rows=None):
+    """Average E[v | z] along its flow, which keeps (z - (1 - t) MEAN) / spread(t)."""
+    return -MEAN + broadcast(gaussian_slope(t, t - h)) * (z - broadcast(1 - t) * MEAN)
+
+
+GAUSSIAN_TIMES = column([0.91, 0.377, 1.0]), column([0.123, 0.2, 0.0])
+
+
+@pytest.mark.parametrize('name,settings,tolerance', [
+    ('jvp', {}, 1e-12), ('central', {'step': 1e-5}, 1e-4), ('dpm', {'step': 3e-4}, 2e-3)])
+def test_the_mean_velocity_of_a_gaussian_is_its_velocity_less_h_times_the_derivative(
+        name, settings, tolerance):
+    z, = tensors(*UGLY, seed=14)
+    t, r = GAUSSIAN_TIMES
+    velocity = expected_velocity(z, t)
+    torch.testing.assert_close(gaussian_field(z, t, torch.zeros_like(t)), velocity)
+    derivative = DERIVATIVES[name](gaussian_field, z, velocity, t=t, r=r, **settings)
+    torch.testing.assert_close(velocity - broadcast(t - r) * derivative,
+                               gaussian_field(z, t, t - r), rtol=0, atol=tolerance)
+
+
+def test_the_improved_derivative_finds_the_velocity_of_a_gaussian_whatever_the_sample():
+    z, v = tensors(*UGLY, seed=14, count=2)
+    t, r = GAUSSIAN_TIMES
+    derivative = meanflow.improved_derivative(gaussian_field, z, v, t=t, r=r)
+    torch.testing.assert_close(expected_velocity(z, t) - broadcast(t - r) * derivative,
+                               gaussian_field(z, t, t - r), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('name,settings,tolerance', [
+    ('meanflow', {}, 1e-12), ('improved', {}, 1e-12), ('central', {'step': 1e-5}, 1e-4),
+    ('dpm', {'step': 3e-4, 'stop_target': True, 'stop_weight': True}, 2e-3),
+    ('meanflow_partial_t', {}, None)])
+@pytest.mark.parametrize('power', [0.0, 1.0])
+def test_the_mean_velocity_of_a_gaussian_is_where_the_loss_is_flat(name, settings, tolerance,
+                                                                   power):
+    """At one z lie samples whose velocities are E[v | z] + d and - d: only their mean is known.
+
+    Their errors are d (1 - h du/dz) where D follows the sample, d where it follows the network.
+    """
+    z, d = tensors(*UGLY, seed=14, count=2)
+    t, r = GAUSSIAN_TIMES
+    v = torch.cat([expected_velocity(z, t) + d, expected_velocity(z, t) - d])
+    z, t, r = z.repeat(2, 1, 1), t.repeat(2), r.repeat(2)
+    x, e = z - broadcast(t) * v, z + broadcast(1 - t) * v
+    shift = torch.zeros(*UGLY[1:], dtype=torch.float64, requires_grad=True)
+
+    def u(z, t, h, rows=None):
+        return gaussian_field(z, t, h) + shift
+
+    loss = meanflow.LOSSES[name](u, x, e, times(t, r), power=power, **settings)
+    loss.backward()
+    if name == 'meanflow_partial_t':
+        assert shift.grad.abs().max() > 0.01
+        return
+    torch.testing.assert_close(shift.grad, torch.zeros_like(shift), rtol=0, atol=tolerance)
+    left = 1 if name == 'improved' else 1 - (t - r) * gaussian_slope(t, r)
+    error = ((broadcast(left * torch.ones_like(t)) * d.repeat(2, 1, 1))**2).mean((1, 2))
+    torch.testing.assert_close(loss.detach(), (error * (error + 0.01)**-power).mean(),
+                               rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize('steps', [1, 2, 4])
 def test_the_sampler_maps_a_gaussian_to_a_gaussian(steps):
-    """For x ~ N(m, s^2) the flow keeps (z - (1 - t) m) / sqrt((1 - t)^2 s^2 + t^2)."""
-    m, s = 0.21, 0.13
-
-    def scale(t):
-        return torch.sqrt((1 - t)**2 * s**2 + t**2)
-
-    def u(z, t, h):
-        t, r = broadcast(t), broadcast(t - h)
-        at_r = (1 - r) * m + scale(r) * (z - (1 - t) * m) / scale(t)
-        return (z - at_r) / broadcast(h)
-
     e = torch.tensor([[[0.0], [1.3], [-2.7]]], dtype=torch.float64)
-    found = meanflow.sample(u, e, steps=steps)
-    torch.testing.assert_close(found, m + s * e, rtol=0, atol=1e-6)
+    found = meanflow.sample(gaussian_field, e, steps=steps)
+    torch.testing.assert_close(found, MEAN + STD * e, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize('steps', [0, -1])
