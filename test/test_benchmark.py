@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ if importlib.util.find_spec('metaworld') is None:
     pytest.skip('metaworld is missing: install .[sim]', allow_module_level=True)
 
 from meanflow_ros.evaluation.benchmark import (  # noqa: E402
-    CEILING, PROBED, RECIPES, Trial, counts, evaluate, jobs_of, table, trials_of)
+    CEILING, PROBED, RECIPES, Trial, counts, evaluate, jobs_of, table, table_by_task,
+    trials_of)
 from meanflow_ros.evaluation.episodes import EpisodeResult  # noqa: E402
 from meanflow_ros.sim.tasks import MT10, TASKS  # noqa: E402
 
@@ -118,16 +120,53 @@ def trial(recipe, seed, nfe, reach, wall, modes, condition='normal'):
         'pass-wall': {'episodes': 10, 'successes': wall, 'modes': modes}}}
 
 
+MEASURED = {'trials': [
+    trial('rf', 0, 4, 7, 9, {'left': 3, 'right': 6}),
+    trial('rf', 1, 4, 9, 8, {'left': 4, 'right': 4}),
+    trial('l1', 0, 1, 5, 0, {}), trial('expert', 0, 0, 10, 10, {'left': 5, 'right': 5})]}
+
+
+def cells_of(text):
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()]
+
+
 def test_the_table_has_means_over_seeds_their_spread_and_the_modes():
-    text = table({'trials': [
-        trial('rf', 0, 4, 7, 9, {'left': 3, 'right': 6}),
-        trial('rf', 1, 4, 9, 8, {'left': 4, 'right': 4}),
-        trial('l1', 0, 1, 5, 0, {}), trial('expert', 0, 0, 10, 10, {'left': 5, 'right': 5})]})
-    lines = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()]
-    assert lines[2][:3] == ['rf', '4', '80.0% ± 14.1']
-    assert lines[2][4:9] == ['85.0% ± 7.1', '', '', '82.5% ± 3.5', 'left 41%, right 59%']
-    assert lines[3][:3] == ['l1', '1', '50.0%'] and lines[3][4] == '0.0%'
+    lines = cells_of(table(MEASURED))
+    assert lines[0] == ['recipe', 'NFE', 'MT10', 'pass-wall', 'all', 'modes of successes', 'seeds']
+    assert lines[2] == ['rf', '4', '80.0% ± 14.1', '85.0% ± 7.1', '82.5% ± 3.5',
+                        'left 41%, right 59%', '2']
+    assert lines[3][:4] == ['l1', '1', '50.0%', '0.0%']
     assert lines[4][:2] == ['expert', '']
+    assert {len(line) for line in lines} == {7}
+
+
+def test_the_second_table_has_every_task_that_was_run_and_their_mean():
+    only = {'recipe': 'dpm', 'seed': 0, 'nfe': 2, 'condition': 'blanked', 'tasks': {
+        'pass-block': {'episodes': 3, 'successes': 2}}}
+    lines = cells_of(table_by_task({'trials': [*MEASURED['trials'], only]}))
+    assert lines[0] == ['recipe', 'NFE', 'reach', 'pass-wall', 'pass-block', 'mean']
+    assert lines[2] == ['rf', '4', '80% ± 14', '85% ± 7', '', '82% ± 4']
+    assert lines[3:] == [['l1', '1', '50%', '0%', '', '25%'],
+                         ['expert', '', '100%', '100%', '', '100%'],
+                         ['dpm, blanked', '2', '', '', '67%', '67%']]
+    names = cells_of(table_by_task({'trials': [{**only, 'tasks': {
+        task: {'episodes': 3, 'successes': 2} for task in TASKS}}]}))[0]
+    assert sorted(names[2:-1]) == sorted(TASKS) and names[2:12] == list(MT10)
+
+
+def test_the_tables_by_task_in_the_results_are_those_of_the_stored_counts():
+    docs = Path(__file__).parent.parent / 'docs'
+    if not (docs / 'results.md').is_file():
+        pytest.skip('there is no docs/results.md beside the tests')
+    stored = json.loads((docs / 'data' / 'benchmark.json').read_text())
+    assert table_by_task(stored) in (docs / 'results.md').read_text()
+
+
+def test_every_average_velocity_is_run_with_one_and_with_two_evaluations():
+    main = {name for name, recipe in RECIPES.items()
+            if recipe.rank == 'main' and recipe.changes['loss'] not in ('rf', 'l1')}
+    assert main >= {'meanflow', 'central', 'improved', 'dpm', 'dpm-stop', 'partial-t'}
+    assert {RECIPES[name].nfe for name in main} == {(1, 2)}
 
 
 def test_every_recipe_is_a_configuration_that_can_be_trained():

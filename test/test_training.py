@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from meanflow_ros.core.policy import Policy
 from meanflow_ros.core.schema import to_plain
 from meanflow_ros.training import train as train_module
 from meanflow_ros.training.config import read_train_config
+from meanflow_ros.training.optimizer import learning_rate
 from meanflow_ros.training.train import NonFiniteLoss, main, train
 
 CONFIG = Path(__file__).parent.parent / 'config' / 'train_metaworld.yaml'
@@ -309,8 +311,53 @@ def test_tensorboard_gets_losses_and_errors_where_it_is_installed(data, tmp_path
     assert list((tmp_path / 'run' / 'tensorboard').glob('events.*'))
 
 
+class WeightsAndBiases:
+    """Takes the calls to the package `wandb`, and to the run that it gives."""
+
+    def __init__(self):
+        self.begun, self.logged, self.finished = [], [], 0
+
+    def init(self, **settings):
+        self.begun.append(settings)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_losses_rates_and_errors_of_every_joint(
+        data, tmp_path, monkeypatch):
+    stub = WeightsAndBiases()
+    monkeypatch.setitem(sys.modules, 'wandb', stub)
+    settings, out = config(steps=4, validate_every=3, save_every=2), tmp_path / 'run-7'
+    train(settings, data, out, ALONE, wandb_project='arm')
+    (begun,) = stub.begun
+    assert begun['project'] == 'arm' and begun['id'] == 'run-7' and begun['dir'] == str(out)
+    assert begun['config']['learning_rate'] == 3e-3 and begun['config']['loss'] == 'meanflow'
+    assert begun['resume'] == 'allow' and stub.finished == 1
+    losses = losses_of(out)
+    scalars = [(step, values) for step, values in stub.logged if 'loss' in values]
+    assert [step for step, _ in scalars] == [0, 1, 3]
+    assert [values['loss'] for _, values in scalars] == pytest.approx(
+        [losses[0], losses[1], (losses[2] + losses[3]) / 2])
+    assert [values['learning_rate'] for _, values in scalars] == pytest.approx(
+        [learning_rate(step, settings) for step in (0, 1, 3)])
+    errors = [entry for entry in stub.logged if 'loss' not in entry[1]]
+    written = [json.loads(line) for line in
+               (out / 'validation.jsonl').read_text().splitlines()]
+    names = training_rig.ROBOT.action_space.dimensions
+    assert [step for step, _ in errors] == [3, 4]
+    assert [values for _, values in errors] == [
+        {f'error_nfe{steps}/{name}': value for steps in (1, 2, 4)
+         for name, value in zip(names, record['error'][str(steps)], strict=True)}
+        for record in written]
+
+
 def test_weights_and_biases_that_is_not_installed_is_a_clear_error(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
+    monkeypatch.setitem(sys.modules, 'wandb', None)
     logging.disable()
     with pytest.raises(ValueError, match='pip install wandb'):
         train(config(), data, tmp_path / 'run', ALONE, wandb_project='arm')

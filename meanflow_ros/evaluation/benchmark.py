@@ -59,10 +59,11 @@ RECIPES = {
     'rf': Recipe(changes={'loss': 'rf'}, nfe=(1, 2, 4)),
     'rf-high-noise': Recipe(changes={'loss': 'rf', 'time_sampling': 'high_noise'}),
     'meanflow': Recipe(changes={'loss': 'meanflow'}, nfe=(1, 2)),
-    'central': Recipe(changes={'loss': 'central'}),
-    'improved': Recipe(changes={'loss': 'improved'}),
-    'dpm': Recipe(changes={'loss': 'dpm'}),
-    'dpm-stop': Recipe(changes={'loss': 'dpm', 'stop_target': True, 'stop_weight': True}),
+    'central': Recipe(changes={'loss': 'central'}, nfe=(1, 2)),
+    'improved': Recipe(changes={'loss': 'improved'}, nfe=(1, 2)),
+    'dpm': Recipe(changes={'loss': 'dpm'}, nfe=(1, 2)),
+    'dpm-stop': Recipe(changes={'loss': 'dpm', 'stop_target': True, 'stop_weight': True},
+                       nfe=(1, 2)),
     'partial-t': Recipe(changes={'loss': 'meanflow_partial_t'}, nfe=(1, 2)),
     'meanflow-one-step': Recipe(changes={'loss': 'meanflow', 'one_step_proportion': 0.1,
                                          'data_proportion': 0.5}, nfe=(1, 2)),
@@ -233,19 +234,37 @@ def counts(results: Sequence[EpisodeResult]) -> dict[str, dict]:
 
 
 def table(document: dict) -> str:
-    """Return the results as a Markdown table: a row per recipe, NFE and condition."""
-    groups = defaultdict(list)
+    """Return the results as a Markdown table: a row per recipe, NFE and condition.
+
+    Means over groups of tasks, for the groups of which any task was run.
+    """
+    groups = {'MT10': MT10, 'same picture': SAME_PICTURE,
+              **{task: (task,) for task in MULTIMODAL}, 'all': tuple(TASKS)}
+    return _table(document, groups, 1, {'modes of successes': _modes,
+                                        'seeds': lambda records: str(len(records))})
+
+
+def table_by_task(document: dict) -> str:
+    """Return the success on each task that was run, and their mean, with the rows of `table`."""
+    tasks = dict.fromkeys((*MT10, *SAME_PICTURE, *MULTIMODAL))
+    return _table(document, {**{task: (task,) for task in tasks}, 'mean': tuple(TASKS)}, 0, {})
+
+
+def _table(document: dict, groups: Mapping[str, Sequence[str]], digits: int,
+           others: Mapping[str, Callable[[Sequence[dict]], str]]) -> str:
+    """Return a Markdown table: a column per group of tasks with any result, and the others."""
+    rows = defaultdict(list)
     for record in document['trials']:
-        groups[record['recipe'], record['nfe'], record['condition']].append(record)
-    columns = [('MT10', MT10), ('same picture', SAME_PICTURE),
-               *((task, (task,)) for task in MULTIMODAL), ('all', tuple(TASKS))]
-    lines = ['| recipe | NFE | ' + ' | '.join(name for name, _ in columns)
-             + ' | modes of successes | seeds |', '|---|---|' + '---|' * (len(columns) + 2)]
-    for (recipe, nfe, condition), records in groups.items():
-        cells = [_spread(records, tasks) for _, tasks in columns]
+        rows[record['recipe'], record['nfe'], record['condition']].append(record)
+    was_run = {task for record in document['trials'] for task in record['tasks']}
+    groups = {name: tasks for name, tasks in groups.items() if was_run.intersection(tasks)}
+    lines = [' | '.join(['| recipe | NFE', *groups, *others]) + ' |',
+             '|' + '---|' * (2 + len(groups) + len(others))]
+    for (recipe, nfe, condition), records in rows.items():
         name = recipe if condition == 'normal' else f'{recipe}, {condition}'
-        lines.append(f'| {name} | {nfe or ""} | ' + ' | '.join(cells)
-                     + f' | {_modes(records)} | {len(records)} |')
+        cells = [*(_spread(records, tasks, digits) for tasks in groups.values()),
+                 *(describe(records) for describe in others.values())]
+        lines.append(' | '.join([f'| {name} | {nfe or ""}', *cells]) + ' |')
     return '\n'.join(lines) + '\n'
 
 
@@ -261,15 +280,15 @@ def _modes(records: Sequence[dict]) -> str:
     return '; '.join(shares)
 
 
-def _spread(records: Sequence[dict], tasks: Sequence[str]) -> str:
+def _spread(records: Sequence[dict], tasks: Sequence[str], digits: int) -> str:
     """Return the mean success over tasks in %, and its deviation over training seeds."""
     rates = [np.mean([row['successes'] / row['episodes'] for task in tasks
                       if (row := record['tasks'].get(task))]) for record in records
              if any(task in record['tasks'] for task in tasks)]
     if not rates:
         return ''
-    return f'{np.mean(rates):.1%}' + (f' ± {100 * np.std(rates, ddof=1):.1f}'
-                                      if len(rates) > 1 else '')
+    spread = f' ± {100 * np.std(rates, ddof=1):.{digits}f}' if len(rates) > 1 else ''
+    return f'{np.mean(rates):.{digits}%}{spread}'
 
 
 def _parse(argv) -> argparse.Namespace:
@@ -314,7 +333,7 @@ def main(argv=None) -> int:
         print('benchmark: interrupted', file=sys.stderr)
         return 130
     (arguments.out / 'benchmark.json').write_text(json.dumps(document, indent=1) + '\n')
-    text = table(document)
+    text = f'{table(document)}\n{table_by_task(document)}'
     (arguments.out / 'table.md').write_text(text)
     print(text)
     return 0

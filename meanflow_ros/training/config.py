@@ -141,6 +141,11 @@ class TrainConfig:
         """Whether the loss sees a guided velocity in place of v."""
         return self.guidance != 1 or self.guidance_mix != 0
 
+    @property
+    def repeats_dropout(self) -> bool:
+        """Whether calls are subtracted from each other, which must then have the same dropout."""
+        return self.dropout > 0 and self.loss in ('dpm', 'central')
+
 
 def options() -> list[dataclasses.Field]:
     """Return the fields that the command line can override."""

@@ -48,8 +48,14 @@ class TrainingLoss(nn.Module):
                  instructions: Sequence[str]):
         super().__init__()
         self.network = network
-        self._config = config
         self._loss = make_loss(config)
+        self._encoder_reduced = config.precision != 'float32'
+        self._dit_reduced = config.precision == 'bfloat16'
+        self._encoding = torch.no_grad if config.freeze == 'encoder' else contextlib.nullcontext
+        self._repeats_dropout = config.repeats_dropout
+        self._guided = (partial(meanflow.guided, scale=config.guidance, mix=config.guidance_mix)
+                        if config.guided else None)
+        self._dispersive = config.dispersive
         self._features: list[Tensor] | None = None
         if config.dispersive:
             middle = network.dit.blocks[len(network.dit.blocks) // 2 - 1]
@@ -98,10 +104,8 @@ class TrainingLoss(nn.Module):
         pixels = augment(pixels, shift=batch['shift'], gain=batch['gain'], bias=batch['bias'])
         ids = self.prompt_ids[batch['instruction']]
         mask = None if self.prompt_mask is None else self.prompt_mask[batch['instruction']]
-        frozen = self._config.freeze == 'encoder'
-        with self._precision(self._config.precision != 'float32'):
-            with torch.no_grad() if frozen else contextlib.nullcontext():
-                context, mask = self._fast[0](pixels, ids, mask)
+        with self._precision(self._encoder_reduced), self._encoding():
+            context, mask = self._fast[0](pixels, ids, mask)
         return self._conditioned_on(context, mask, batch)
 
     def _conditioned_on(self, context: Tensor, mask: Tensor | None,
@@ -112,7 +116,7 @@ class TrainingLoss(nn.Module):
             context = dit.drop_context(context, batch['dropped'])
         state = self._normalized('state', batch['state']) if hasattr(self, 'state_low') else None
         space = torch.full((len(context),), self.network.space_index, device=context.device)
-        with self._precision(self._config.precision == 'bfloat16'):
+        with self._precision(self._dit_reduced):
             return dit.condition(context.float(), mask, state, space)
 
     def velocity(self, conditioning: Conditioning, x: Tensor,
@@ -126,12 +130,11 @@ class TrainingLoss(nn.Module):
         so the same masks; it would otherwise be a difference of masks.
         """
         dit, field = self.network.dit, self._fast[1]
-        differences = self._config.loss in ('dpm', 'central')
-        held = (_HeldRandomness(self.action_low.device)
-                if self._config.dropout and differences else None)
+        held = (_HeldRandomness(self.action_low.device) if self._repeats_dropout
+                else contextlib.nullcontext())
 
         def u(z, *, t, h, rows=None):
-            with held or contextlib.nullcontext():
+            with held:
                 if rows is None:
                     return field(z, t=t, h=h, conditioning=conditioning, given=given).float()
                 return dit(z, t=t, h=h, conditioning=conditioning.select(rows),
@@ -159,16 +162,16 @@ class TrainingLoss(nn.Module):
             executed = F.pad(self._normalized('action', batch['executed']), (0, unused))[repeat]
         times = Times(t=batch['t'], r=batch['r'], moving=moving)
         guide = {}
-        with self._precision(self._config.precision == 'bfloat16'):
+        with self._precision(self._dit_reduced):
             u = self.velocity(conditioning, executed, given)
-            if self._config.guided:
+            if self._guided:
                 guide['guide'] = self._guide(u, conditioning, batch['dropped'][repeat], executed,
                                              given)
-            self._features = [] if self._config.dispersive else None
+            self._features = [] if self._dispersive else None
             loss = self._loss(u, x, e, times, weights, **guide)
-        if self._config.dispersive:
+        if self._dispersive:
             features = self._features[0][:observations].flatten(1)
-            loss = loss + self._config.dispersive * meanflow.dispersive_loss(features)
+            loss = loss + self._dispersive * meanflow.dispersive_loss(features)
         return loss
 
     def _guide(self, u: meanflow.Velocity, conditioning: Conditioning, dropped: Tensor, x: Tensor,
@@ -179,8 +182,7 @@ class TrainingLoss(nn.Module):
             keys_values=[block.cross_attn.keys_and_values(dit.context_proj(dit.context_norm(null)))
                          for block in dit.blocks],
             mask=None, state=conditioning.state, space=conditioning.space)
-        return meanflow.guided(u, self.velocity(nothing, x, given), scale=self._config.guidance,
-                               mix=self._config.guidance_mix, dropped=dropped)
+        return self._guided(u, self.velocity(nothing, x, given), dropped=dropped)
 
 
 def _recompute_activations(encoder: nn.Module) -> None:

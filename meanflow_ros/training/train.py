@@ -139,10 +139,9 @@ def parts_of(batch: dict[str, Tensor], config: TrainConfig, step: int,
 
 def can_capture(config: TrainConfig, group: Group, strategy: str) -> bool:
     """Whether the gradient can be a CUDA graph: whole weights, no random state to restore."""
-    held = config.dropout > 0 and config.loss in ('dpm', 'central')
     sharded = group.size > 1 and strategy == 'fsdp'
-    return (group.device.type == 'cuda' and not sharded and not held
-            and not config.activation_checkpointing)
+    return (group.device.type == 'cuda' and not sharded
+            and not config.repeats_dropout and not config.activation_checkpointing)
 
 
 def describe_run(config: TrainConfig, data: PairDataset) -> dict:
