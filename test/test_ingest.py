@@ -323,7 +323,21 @@ def test_a_backward_jump_of_the_clock_forgets_faults_too(ingest):
     with pytest.raises(ValueError):
         ingest.add_image('front', picture(T0), now_ns=T0)
     ingest.clock(T0 - MS)
-    assert why_not(ingest, T0 - MS).reason == 'nothing has been received'
+    assert 'repeats' not in why_not(ingest, T0 - MS).reason
+
+
+def test_a_jump_of_the_clock_is_the_reason_until_every_stream_has_come_again(ingest):
+    ingest.clock(T0)
+    feed(ingest, T0)
+    ingest.clock(T0 - 2500 * MS)
+    feed(ingest, T0 - 2500 * MS, leave_out=['wrist'])
+    fault = why_not(ingest, T0 - 2500 * MS)
+    assert (fault.stream, fault.kind, fault.waiting) == ('clock', 'clock', True)
+    assert fault.reason == 'it jumped back by 2.500 s, nothing of camera/wrist since'
+    feed(ingest, T0 - 2490 * MS)
+    ingest.observe(now_ns=T0 - 2490 * MS)
+    ingest.reset()
+    assert why_not(ingest, T0 - 2490 * MS).kind == 'absent'
 
 
 def test_a_robot_without_proprioception_needs_no_joint_states():

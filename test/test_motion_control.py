@@ -230,6 +230,16 @@ def test_a_clock_that_stands_ends_the_commands(rig):
     moving(rig)
 
 
+def test_a_jump_of_the_clock_ends_the_stream_by_its_name_and_the_next_chunk_begins_one(rig):
+    moving(rig)
+    with rig.node._inputs:
+        rig.node._ingest._now_ns += 10 * 10**9
+    until(lambda: rig.controller.beats[-1] == 'clock jump', 'a heartbeat')
+    rig.diagnosed('no chunk: clock: it jumped back by 9.9')
+    assert not rig.node._control.motion._streaming
+    moving(rig)
+
+
 def test_a_model_that_hangs_stops_the_robot_and_goes_on_by_itself(rig):
     moving(rig)
     hang = [True]

@@ -20,8 +20,8 @@ from meanflow_ros.core.contract import (
 from meanflow_ros.ros import from_messages
 from meanflow_ros.ros.bag import deserialize, deserialize_text
 from meanflow_ros.ros.streams import (
-    ABSENT, FROZEN, MALFORMED, SIZE, SKEW, SLOW, STALE, BadInput, IngestLimits, NoObservation,
-    Stream, noting_fault)
+    ABSENT, CLOCK, FROZEN, MALFORMED, SIZE, SKEW, SLOW, STALE, BadInput, IngestLimits,
+    NoObservation, Stream, noting_fault)
 
 IMAGE, COMPRESSED_IMAGE = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
 CAMERA_BUFFER = 8
@@ -31,6 +31,11 @@ MAX_BYTES = {type_name: data + 2**20 for type_name, data in (   # header, paddin
 MAX_STATE_BYTES = 2**18    # of a joint state: thousands of joints
 CLOCK_JUMP_S = 1.0        # the clock may run ahead of steady time by less than this, between looks
 ASPECT_TOLERANCE = 0.01   # of width / height
+
+
+def ahead_or_back(jump_s: float) -> str:
+    """Return in words how far the clock jumped."""
+    return f'{"back" if jump_s < 0 else "ahead"} by {abs(jump_s):.3f} s'
 
 
 class Ingest:
@@ -53,9 +58,11 @@ class Ingest:
         self._instruction_fault: str | None = None
         self._now_ns: int | None = None
         self._steady_ns: int | None = None
+        self._jump_s: float | None = None      # of the clock, until every stream has come again
 
     def reset(self) -> None:
         """Forget every picture and joint state; the instruction stays."""
+        self._jump_s = None
         for stream in self._streams().values():
             stream.clear()
 
@@ -74,7 +81,8 @@ class Ingest:
             jump_s - (steady_ns - steady_before_ns) / NANOSECONDS)
         if jump_s < 0 or ahead_s > CLOCK_JUMP_S:
             self.reset()
-            return jump_s if jump_s < 0 else ahead_s
+            self._jump_s = jump_s if jump_s < 0 else ahead_s
+            return self._jump_s
         return None
 
     def add_image(self, camera: str, message, *, now_ns: int) -> None:
@@ -197,8 +205,12 @@ class Ingest:
         for name, stream in self._streams().items():
             if stream.fault is not None:
                 raise NoObservation(name, stream.fault.kind, str(stream.fault))
+            if not stream.items and self._jump_s is not None:
+                raise NoObservation('clock', CLOCK, f'it jumped {ahead_or_back(self._jump_s)}, '
+                                                    f'nothing of {name} since', waiting=True)
             if not stream.items:
                 raise NoObservation(name, ABSENT, 'nothing has been received', waiting=True)
+        self._jump_s = None
         instruction = self._current_instruction()
         newest_common = min(stream.items[-1][0] for stream in self._cameras.values())
         chosen = {name: stream.nearest(newest_common) for name, stream in self._cameras.items()}

@@ -37,7 +37,7 @@ from meanflow_ros.core.timeline import Prefix
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
-from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest
+from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest, ahead_or_back
 from meanflow_ros.ros.loading import how_it_runs, load, memory_mib, warm_up
 from meanflow_ros.ros.motion_control import MotionControl
 from meanflow_ros.ros.status import Status
@@ -277,8 +277,8 @@ class PolicyNode(LifecycleNode):
         if jump_s is not None:
             self._control.clock_jumped(now_ns)
             self._status.last_stamp_ns = None
-            self.get_logger().warning(f'the clock jumped {"back" if jump_s < 0 else "ahead"} by '
-                                      f'{abs(jump_s):.3f} s: inputs forgotten')
+            self.get_logger().warning(f'the clock jumped {ahead_or_back(jump_s)}: inputs '
+                                      f'forgotten')
         return now_ns
 
     # Inference thread
