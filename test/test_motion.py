@@ -339,6 +339,29 @@ def test_a_stream_begins_where_the_robot_is_and_not_where_the_policy_wants_it():
     assert (arm.values < 0.4).all()
 
 
+def test_an_aloha_that_is_asked_for_what_lies_beyond_its_grippers_opens_them_within_their_limits():
+    gripper = ForwardCommandController(1)
+    driven = Driven(ALOHA, 'motion_aloha.yaml', **{'/left_gripper_controller/commands': gripper})
+    driven.motion.feel(np.zeros(12))
+    seen = []
+    for value in (-0.4, 1.7, 1.7):             # beyond closed and beyond open
+        driven.chunk(steady(np.append(np.zeros(13), 0.5)
+                            + value * (np.arange(14) == ALOHA.action_space.dimensions.index(
+                                'left_gripper'))))
+        driven.run(0.4, lambda: seen.append(gripper.values[0]))
+    assert driven.motion.guard.interventions['position clamped'] == 3
+    assert min(seen) >= 0 and max(seen) <= 1 and seen[-1] == pytest.approx(1.0)
+    assert np.abs(np.diff(seen)).max() <= 4.0 * 0.02 * (1 + 1e-6)
+
+
+def test_the_neutral_pose_of_an_aloha_is_complete_and_within_its_limits():
+    config = dataclasses.replace(read_motion(CONFIG / 'motion_aloha.yaml'), safe_action='neutral')
+    config.check(ALOHA)
+    limits = config.guard_settings(ALOHA).limits
+    neutral = config.neutral_command(ALOHA)
+    assert (neutral >= limits.lower).all() and (neutral <= limits.upper).all()
+
+
 def test_nothing_is_sent_before_the_first_chunk():
     for name, spec in (('motion_franka.yaml', FRANKA), ('motion_ur_servo.yaml', UR)):
         driven = Driven(spec, name)
@@ -741,6 +764,20 @@ def test_after_the_clock_has_jumped_back_no_old_path_is_followed():
     assert len(after) == 1
     for point in after[0].points:
         np.testing.assert_allclose(point.positions, here, atol=0.005)
+
+
+def test_alone_a_trajectory_controller_ends_its_trajectory_after_a_long_jump_back_and_goes_on():
+    config = read_motion(CONFIG / 'motion_franka.yaml')
+    driven = Driven(FRANKA, dataclasses.replace(config, outputs=config.outputs[:1]))
+    driven.motion.feel(np.zeros(7))
+    driven.chunk(wave(0.2, 8))
+    driven.run(0.3)
+    driven.wire.now_ns -= 10**10
+    driven.motion.clock_jumped(driven.now_ns)
+    driven.run(0.1)
+    assert len(driven.wire.sent) == 1 and driven.motion.stopped == 'clock jump'
+    driven.chunk(steady(np.zeros(8)))
+    assert len(driven.wire.sent) == 2 and driven.motion.stopped is None
 
 
 def test_open_loop_finishes_a_chunk_before_the_next():

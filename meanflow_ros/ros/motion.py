@@ -191,10 +191,15 @@ class Motion:
         return 0 <= passed_s < _STANDING_PERIODS * self.config.period_s
 
     def _start_of(self, chunk: ActionChunk) -> np.ndarray:
-        """Return where the robot is, (A,); where nothing is measured, where the chunk begins."""
+        """Return where the robot is, (A,).
+
+        Where nothing is measured, where the chunk begins, or the limit beyond which it does.
+        """
         first = chunk.actions[0] if chunk.actions.shape == (
             self.robot.horizon, self.robot.action_space.size) else np.full(len(self._felt), np.nan)
-        return np.where(np.isnan(self._felt), first, self._felt)
+        limits = self.guard.limits
+        return np.where(np.isnan(self._felt), np.clip(first, limits.lower, limits.upper),
+                        self._felt)
 
     def _under_way(self, start: np.ndarray, now_ns: int, *,
                    stopping: bool = False) -> np.ndarray | None:
