@@ -254,5 +254,5 @@ class Hostilities(RuleBasedStateMachine):
 
 TestHostilities = Hostilities.TestCase
 TestHostilities.settings = settings(
-    max_examples=80, stateful_step_count=30, deadline=None, derandomize=True,
+    max_examples=50, stateful_step_count=30, deadline=None, derandomize=True,
     suppress_health_check=list(HealthCheck))
