@@ -4,7 +4,7 @@ The limits are checked by divided differences of what has passed: nothing here i
 """
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -74,7 +74,8 @@ def paths(draw, size=HORIZON):
     return actions
 
 
-robots = st.builds(robot, st.sampled_from([0.6, 3.0, np.inf]), st.sampled_from([4.0, 40.0, np.inf]),
+robots = st.builds(robot, st.sampled_from([0.6, 3.0, np.inf]),
+                   st.sampled_from([4.0, 40.0, np.inf]),
                    st.sampled_from([60.0, 3000.0, np.inf]))
 remedies = st.fixed_dictionaries({kind: st.sampled_from(known)
                                   for kind, known in REMEDIES.items()})
@@ -85,7 +86,7 @@ times_ns = st.one_of(
     st.integers(STAMP_NS - 10**10, STAMP_NS + 10**9))
 
 
-@settings(max_examples=700, deadline=None, derandomize=True,
+@settings(max_examples=500, deadline=None, derandomize=True,
           suppress_health_check=list(HealthCheck))
 @given(spec=robots, remedies=remedies, workspace=workspaces, now_ns=times_ns, data=st.data(),
        actions=st.one_of(paths(), arrays.arrays(np.float64, (HORIZON, 3), elements=hostile)))
@@ -113,3 +114,78 @@ def test_what_passes_is_within_all_limits_whatever_the_remedies(
     assert isinstance(safe, SafeChunk) and not guard.rejections
     require_within(safe.timed, spec.action_space, low, high)
     assert safe.timed.due_ns[0] >= now_ns
+
+
+@st.composite
+def plans(draw):
+    """Draw what a timeline may hand out: gaps of any length, seams, values that are not safe."""
+    size = draw(st.integers(1, HORIZON))
+    gaps = draw(st.lists(st.sampled_from([1_000_000, 20_000_000, 70_000_000, 900_000_000]),
+                         min_size=size, max_size=size))
+    return TimedActions(stamp_ns=STAMP_NS, due_ns=STAMP_NS + np.cumsum(gaps),
+                        actions=draw(paths(size)))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True,
+          suppress_health_check=list(HealthCheck))
+@given(spec=robots, plan=plans(), lead_ns=st.sampled_from([1_000_000, 30_000_000, 10**9]),
+       begin=st.none() | st.tuples(inside, arrays.arrays(np.float64, 3, elements=st.floats(
+           -50, 50) | st.sampled_from([0.0, np.nan, 5e-324]))))
+@example(spec=robot(0.6, 4.0, 60.0), lead_ns=10**6, begin=None, plan=TimedActions(
+    stamp_ns=0, due_ns=[1], actions=[[np.nan, 0.0, 12.0]]))
+def test_a_plan_that_passes_is_within_the_limits_of_position_and_velocity(
+        spec, plan, lead_ns, begin):
+    guard = Guard(spec)
+    start = begin and (int(plan.due_ns[0]) - lead_ns, *begin)
+    try:
+        timed = guard.check_plan(plan, start).timed
+    except Rejected as error:
+        assert guard.rejections == {error.kind: 1}
+        return
+    np.testing.assert_array_equal(timed.due_ns, plan.due_ns)
+    require_slow_enough(timed, spec)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True,
+          suppress_health_check=list(HealthCheck))
+@given(spec=robots, plan=plans(), now_ns=st.integers(STAMP_NS - 10**9, STAMP_NS + 10**9),
+       motion=st.tuples(inside, inside, inside).map(np.array), stop_s=st.floats(0.001, 3),
+       later=st.lists(st.integers(-10**9, 5 * 10**9), max_size=4))
+def test_what_follows_a_path_and_stops_along_it_is_within_the_limits(
+        spec, plan, now_ns, motion, stop_s, later):
+    guard = Guard(spec)
+    try:
+        safe = guard.check_plan(plan).timed
+    except Rejected:
+        return
+    followed = guard.follow(safe, now_ns=now_ns, motion=motion)
+    require_slow_enough(followed, spec)
+    stop = StopAlongPath(followed, start_ns=now_ns, stop_s=stop_s, is_rate=np.array([0, 1, 0]) > 0)
+    rest = None
+    for at_ns in [*(now_ns + shift for shift in later), now_ns + 10**10, 2**62]:
+        command = stop.at(at_ns)
+        assert (command >= LOWER - SLACK * SPAN).all() and (command <= UPPER + SLACK * SPAN).all()
+        rest, before = command, rest
+    assert rest[1] == 0.0
+    np.testing.assert_array_equal(rest, before)
+
+
+def require_slow_enough(timed, spec):
+    """Require positions within the limits, and mean velocities between the steps."""
+    slack = SLACK * SPAN * (1 + 1e-6)
+    assert np.isfinite(timed.actions).all()
+    assert (timed.actions >= LOWER - slack).all() and (timed.actions <= UPPER + slack).all()
+    speed = np.abs(np.diff(timed.actions, axis=0)) / np.diff(timed.due_ns)[:, None] * 1e9
+    assert (speed <= spec.action_space.max_velocity * (1 + ROUNDING) + 1e-6).all()
+
+
+@given(actions=st.lists(hostile, min_size=3, max_size=3),
+       stamp_ns=st.one_of(st.integers(), st.sampled_from([2**62, 2**63, -2**63])),
+       period_s=st.floats(), now_ns=times_ns)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_no_time_whatever_raises_more_than_a_value_error(actions, stamp_ns, period_s, now_ns):
+    try:
+        Guard(robot(np.inf, np.inf, np.inf)).check(ActionChunk(
+            actions=[actions] * HORIZON, stamp_ns=stamp_ns, period_s=period_s), now_ns=now_ns)
+    except ValueError:
+        return
