@@ -16,9 +16,10 @@ pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or instal
 import torch  # noqa: E402, I001
 from sensor_msgs.msg import CompressedImage  # noqa: E402
 
+from meanflow_ros.core import loading  # noqa: E402
 from meanflow_ros.core.contract import ActionChunk  # noqa: E402
 from meanflow_ros.core.runtime import FastPolicy  # noqa: E402
-from meanflow_ros.ros import policy_node, to_messages  # noqa: E402
+from meanflow_ros.ros import to_messages  # noqa: E402
 from micro_policy import (  # noqa: E402
     CAMERAS, DIMENSIONS, FIRST_STEP, HORIZON, LOWER, PERIOD_S, UPPER)
 from node_rig import Rig, positions, seconds, stamp_of, times_ns, until  # noqa: E402
@@ -154,7 +155,7 @@ def test_cleanup_frees_the_network_and_the_subscriptions(micro_checkpoint):
 
 
 def test_twenty_lifecycles_leave_nothing_behind(micro_checkpoint, monkeypatch):
-    monkeypatch.setattr(policy_node, 'WARM_UP_RUNS', 1)
+    monkeypatch.setattr(loading, 'WARM_UP_RUNS', 1)
 
     def left(node):
         return (len(list(node.subscriptions)), len(list(node.publishers)),

@@ -55,7 +55,8 @@ def _numbers(episodes: Sequence[EpisodeReplay], settings: ReplaySettings) -> dic
     baselines, why_not = baseline_chunks(episodes)
     found = accuracy(episodes, robot, baselines, why_not)
     found |= timing(episodes, robot)
-    found['latency_ms']['source'] = settings.latency.source
+    found['latency_ms'] |= {'source': settings.latency.source,
+                            'runtime': dict(settings.latency.runtime)}
     found |= {'guard': guarded(episodes), 'missing_input': missing_input(episodes),
               'gripper': gripper(episodes, robot), 'direction': direction(episodes, robot)}
     found |= probed(episodes, robot.action_space.dimensions, scale)

@@ -108,7 +108,8 @@ function worst(found, policy) {
 function timing(found, policy) {
   const plots = [['latency_ms', 'Latency of an inference', 'ms'], ['observation_age_s', 'Age of the observation when its action is executed', 's']]
     .filter(([key]) => data.histograms[key]).map(([key, title, unit]) => figure(title, histogram({...data.histograms[key], label: title, xName: unit})));
-  section('timing', 'Latency and staleness', `Latency: ${found.latency_ms.source}. Execution: ${found.settings.execution}.`,
+  const ran = Object.entries(found.latency_ms.runtime).map(([name, text]) => `${name}: ${text}`).join('; ');
+  section('timing', 'Latency and staleness', `Latency: ${found.latency_ms.source}${ran ? ` (${ran})` : ''}. Execution: ${found.settings.execution}.`,
     element('div', {class: 'plots wide'}, plots),
     table(['', 'p50', 'p95', 'p99', 'max'], [['latency, ms', found.latency_ms], ['age at execution, s', found.observation_age_s]]
       .map(([name, each]) => [name, ...['p50', 'p95', 'p99', 'max'].map(what => round(each[what]))])),
