@@ -14,6 +14,7 @@ import pytest
 import yaml
 from made_bags import MS, ROBOT, T0, Scene, simple_bag, status, text
 from micro_policy import DIMENSIONS, HEIGHT, JOINTS, LOWER, UPPER, WIDTH
+from replay_rig import troubled_work
 
 from meanflow_ros.core.loading import choose_device, choose_dtype
 from meanflow_ros.core.runtime import RuntimeOptions
@@ -306,6 +307,34 @@ def test_of_many_bags_a_bad_one_is_reported_and_processes_give_the_numbers_of_on
         found.append(document)
     for what in ('executed', 'horizon', 'baselines', 'episodes', 'seams', 'recordings'):
         assert found[0][what] == found[1][what]
+
+
+def test_a_bag_that_ends_its_process_or_raises_anything_stops_no_other(
+        run, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, '_work_in_process', troubled_work)
+    for name in ('b0', 'dies', 'odd', 'p0', 'p1', 'p2'):
+        simple_bag(tmp_path / 'bags' / name, episodes=1)
+    code, document, shown = run(tmp_path / 'bags', '--jobs', '2')
+    assert code == command.PARTIAL and document['counts']['episodes'] == 4
+    assert {each['name']: each['error'] for each in document['recordings'] if each['error']} == {
+        'dies': 'the worker process died, perhaps for want of memory',
+        'odd': "KeyError: 'pose'"}
+    assert "odd: KeyError: 'pose'" in shown
+
+
+def test_processes_with_a_network_give_the_numbers_of_one(micro_checkpoint, tmp_path):
+    for name in ('b0', 'b1'):
+        micro_bag(tmp_path / 'bags' / name)
+    one, two = [], []
+    for number, found in (('1', one), ('2', two)):
+        assert evaluate(['replay', str(tmp_path / 'bags'), '--checkpoint', str(micro_checkpoint),
+                         '--out', str(tmp_path / number), '--latency', '20ms', '--jobs', number,
+                         '--no-mcap']) == 0
+        found += [EpisodeReplay.load(path)
+                  for path in sorted((tmp_path / number / 'parts').glob('*/*.npz'))]
+    assert len(one) == len(two) == 2
+    for ours, theirs in zip(one, two):
+        assert np.abs((ours.actions - theirs.actions) / (UPPER - LOWER)).max() < 1e-5
 
 
 def test_machines_of_a_ray_cluster_give_the_same_numbers(run, tmp_path):
