@@ -77,10 +77,15 @@ function horizon(found, policy) {
     element('div', {class: 'plots', id: 'horizon-plots'}, plots), element('h3', {}, 'Per dimension'), table(head, rows));
   const why = Object.entries(found.baselines).filter(([, each]) => each.missing);
   if (why.length) made.append(element('p', {class: 'note'}, 'Left out: ', why.map(([name, each]) => `${BASELINES[name][0]} (${each.missing})`).join('; ')));
+  const everyone = [['policy', found], ...others.map(([key, [words]]) => [words, found.baselines[key]])];
   const grippers = Object.entries(found.gripper).filter(([, each]) => !each.missing);
   if (grippers.length) made.append(element('h3', {}, 'Gripper'), table(['', 'open or closed agrees', 'switches', 'missed', 'extra', 'late p50', 'late p95'],
-    grippers.map(([name, each]) => [name, percent(each.agreement), each.switches, each.missed, each.extra, seconds(each.late_s.p50), seconds(each.late_s.p95)])));
-  if (!found.direction.missing) made.append(element('p', {}, `Direction of motion: cosine ${round(found.direction.mean, 2)} with the recording on the mean, below ${round(found.direction.p10, 2)} for a tenth of the ${found.direction.steps} steps; ${percent(found.direction.against)} go against it.`));
+    grippers.flatMap(([name]) => everyone.map(([words, {gripper: {[name]: each}}]) =>
+      [`${name}: ${words}`, percent(each.agreement), each.switches, each.missed, each.extra, seconds(each.late_s.p50), seconds(each.late_s.p95)]))));
+  if (!found.direction.missing) made.append(element('h3', {}, 'Direction of motion'),
+    element('p', {class: 'note'}, `The cosine with the recording, over ${found.direction.dimensions.join(', ')}: 1 is the same way, below 0 is against it.`),
+    table(['', 'mean', 'a tenth of the steps is below', 'steps against', 'steps'], everyone.map(([words, {direction}]) =>
+      direction.missing ? [words, '–', '–', '–', direction.missing] : [words, round(direction.mean, 2), round(direction.p10, 2), percent(direction.against), direction.steps])));
 }
 
 function timelines(found) {
