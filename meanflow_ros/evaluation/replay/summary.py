@@ -59,11 +59,12 @@ def _numbers(episodes: Sequence[EpisodeReplay], settings: ReplaySettings) -> dic
                             'runtime': dict(settings.latency.runtime)}
     found |= {'guard': guarded(episodes), 'missing_input': missing_input(episodes)}
     found |= probed(episodes, robot.action_space.dimensions, scale)
-    normalizers = (None, None, ())
+    trained = (None, None, (), None)
     if settings.checkpoint:
         config = read_config(Path(settings.checkpoint, 'policy.yaml'))
-        normalizers = config.state_normalizer, config.action_normalizer, config.relative_to
-    found['drift'] = drift(episodes, robot, *normalizers)
+        trained = (config.state_normalizer, config.action_normalizer, config.relative_to,
+                   config.training.get('instructions'))
+    found['drift'] = drift(episodes, robot, *trained)
     found['episodes'] = [per_episode(each, scale) for each in episodes]
     return found
 
