@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from unittest import mock
 
 import numpy as np
 
 from made_bags import MS, ROBOT, T0, command
 from meanflow_ros.core.contract import ActionChunk
+from meanflow_ros.evaluation.replay import jobs
 from meanflow_ros.evaluation.replay.latency import Latency
 from meanflow_ros.evaluation.replay.replay_bag import BagReport, replay_bag
 from meanflow_ros.evaluation.replay.settings import RECORDED, ReplaySettings
@@ -15,6 +18,17 @@ from meanflow_ros.evaluation.replay.summary import summarize
 from meanflow_ros.training.data_config import DataConfig
 
 ACTION_MS = 20
+work_in_process = jobs._work_in_process
+
+
+def troubled_work(bag, *rest) -> dict:
+    """Work as a process of `--jobs` does, but die over bag 'dies', and raise over bag 'odd'."""
+    if bag.name == 'dies':
+        os._exit(9)
+    if bag.name == 'odd':
+        with mock.patch.object(jobs, 'replay_bag', side_effect=KeyError('pose')):
+            return work_in_process(bag, *rest)
+    return work_in_process(bag, *rest)
 
 
 def commanded(time_ns: int) -> np.ndarray:

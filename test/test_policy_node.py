@@ -19,9 +19,10 @@ pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or instal
 import torch  # noqa: E402, I001
 from sensor_msgs.msg import CompressedImage  # noqa: E402
 
+from meanflow_ros.core import loading  # noqa: E402
 from meanflow_ros.core.contract import ActionChunk  # noqa: E402
 from meanflow_ros.core.runtime import FastPolicy  # noqa: E402
-from meanflow_ros.ros import loading, policy_node, to_messages  # noqa: E402
+from meanflow_ros.ros import policy_node, to_messages  # noqa: E402
 from micro_policy import (  # noqa: E402
     CAMERAS, DIMENSIONS, FIRST_STEP, HORIZON, LOWER, PERIOD_S, UPPER)
 from node_rig import Rig, positions, seconds, stamp_of, times_ns, until  # noqa: E402

@@ -301,17 +301,62 @@ def test_baselines_have_the_errors_that_arithmetic_gives(tmp_path):
     assert better['low'] <= better['value'] <= better['high']
 
 
-def test_a_gripper_that_switches_late_is_told_by_how_much(plain):
-    late_ns = 60 * MS
+def switched(time_ns: int) -> list[float]:
+    """Return a command whose gripper opens, and whose motion turns, 400 ms after T0."""
+    after = time_ns >= T0 + 400 * MS
+    return [-0.25, 0.0, 0.75] if after else [0.25, 0.0, 0.25]
 
-    def truth(due_ns):
-        return np.append(commanded(due_ns)[:2], commanded(due_ns - late_ns)[2])
 
-    document, _, _ = replay(plain, Fake(truth=truth))
-    gripper = document['gripper']['gripper']
-    # It climbs from 0.125 and falls back every 64 ms... sampled every 20 ms: 0, 20, 40, 60, 16, ..
-    assert gripper['threshold'] == pytest.approx((0.125 + 0.125 + 60 / 128) / 2, abs=0.02)
-    assert gripper['agreement'] < 0.9 and gripper['switches'] > 5
+@pytest.fixture(scope='module')
+def switching(tmp_path_factory):
+    """Return a bag of one episode with one switch."""
+    path = tmp_path_factory.mktemp('bags') / 'switching'
+    one_episode(path, action=lambda time_ns: made.trajectory(
+        time_ns, ROBOT.action_space.dimensions, [switched(time_ns)]))
+    return path
+
+
+def late(due_ns: int) -> list[float]:
+    return switched(due_ns - 60 * MS)
+
+
+def never(due_ns: int) -> list[float]:
+    return switched(T0)
+
+
+def again(due_ns: int) -> list[float]:
+    return switched(T0 if T0 + 600 * MS <= due_ns < T0 + 640 * MS else due_ns)
+
+
+@pytest.mark.parametrize('truth, wrong, missed, extra, late_s', [
+    (switched, 0, 0, 0, 0.0), (late, 3, 0, 0, 0.06), (again, 2, 0, 2, 0.0),
+    (never, 20, 1, 0, None)])
+def test_a_gripper_switch_is_met_so_late_or_missed_or_there_are_others(
+        switching, truth, wrong, missed, extra, late_s):
+    document, _, _ = replay(switching, Fake(truth=truth))
+    found, steps = document['gripper']['gripper'], document['counts']['compared_steps']
+    assert steps == 39        # 20 to 780 ms, of which 20 are after the switch
+    assert found['threshold'] == 0.5 and found['switches'] == 1
+    assert found['agreement'] == pytest.approx(1 - wrong / steps)
+    assert (found['missed'], found['extra']) == (missed, extra)
+    assert found['late_s']['p50'] == found['late_s']['max'] == (
+        None if late_s is None else pytest.approx(late_s, abs=1e-6))
+
+
+def test_baselines_have_a_gripper_and_a_direction_too(switching):
+    robot = dataclasses.replace(ROBOT, action_space=dataclasses.replace(
+        ROBOT.action_space, rates=('base', 'elbow')))
+    document, _, _ = replay(switching, Fake(robot, truth=switched))
+    found = document['baselines']['repeat_last']
+    # The observation of 400 ms was preceded by the old command, and the one of 0 ms by none: of
+    # the 37 steps that are left, those at 400, 420 and 440 ms still follow the old one.
+    assert found['gripper']['gripper']['agreement'] == pytest.approx(1 - 3 / 37)
+    assert found['gripper']['gripper']['late_s']['p50'] == pytest.approx(0.06, abs=1e-6)
+    assert (found['direction']['steps'], found['direction']['mean']) == (
+        37, pytest.approx(1 - 2 * 3 / 37))
+    assert found['direction']['against'] == pytest.approx(3 / 37)
+    assert document['direction']['mean'] == pytest.approx(1.0)
+    assert document['gripper']['gripper']['agreement'] == 1.0
 
 
 def test_directions_are_compared_where_the_actions_are_rates(plain):

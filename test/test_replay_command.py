@@ -14,10 +14,13 @@ import pytest
 import yaml
 from made_bags import MS, ROBOT, T0, Scene, simple_bag, status, text
 from micro_policy import DIMENSIONS, HEIGHT, JOINTS, LOWER, UPPER, WIDTH
+from replay_rig import troubled_work
 
+from meanflow_ros.core.loading import choose_device, choose_dtype
+from meanflow_ros.core.runtime import RuntimeOptions
 from meanflow_ros.core.schema import to_plain
 from meanflow_ros.evaluation.evaluate import main as evaluate
-from meanflow_ros.evaluation.replay import command, jobs
+from meanflow_ros.evaluation.replay import command, jobs, latency
 from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.ros.bag_files import METADATA
 
@@ -306,6 +309,34 @@ def test_of_many_bags_a_bad_one_is_reported_and_processes_give_the_numbers_of_on
         assert found[0][what] == found[1][what]
 
 
+def test_a_bag_that_ends_its_process_or_raises_anything_stops_no_other(
+        run, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, '_work_in_process', troubled_work)
+    for name in ('b0', 'dies', 'odd', 'p0', 'p1', 'p2'):
+        simple_bag(tmp_path / 'bags' / name, episodes=1)
+    code, document, shown = run(tmp_path / 'bags', '--jobs', '2')
+    assert code == command.PARTIAL and document['counts']['episodes'] == 4
+    assert {each['name']: each['error'] for each in document['recordings'] if each['error']} == {
+        'dies': 'the worker process died, perhaps for want of memory',
+        'odd': "KeyError: 'pose'"}
+    assert "odd: KeyError: 'pose'" in shown
+
+
+def test_processes_with_a_network_give_the_numbers_of_one(micro_checkpoint, tmp_path):
+    for name in ('b0', 'b1'):
+        micro_bag(tmp_path / 'bags' / name)
+    one, two = [], []
+    for number, found in (('1', one), ('2', two)):
+        assert evaluate(['replay', str(tmp_path / 'bags'), '--checkpoint', str(micro_checkpoint),
+                         '--out', str(tmp_path / number), '--latency', '20ms', '--jobs', number,
+                         '--no-mcap']) == 0
+        found += [EpisodeReplay.load(path)
+                  for path in sorted((tmp_path / number / 'parts').glob('*/*.npz'))]
+    assert len(one) == len(two) == 2
+    for ours, theirs in zip(one, two):
+        assert np.abs((ours.actions - theirs.actions) / (UPPER - LOWER)).max() < 1e-5
+
+
 def test_machines_of_a_ray_cluster_give_the_same_numbers(run, tmp_path):
     pytest.importorskip('ray', reason="Ray is an extra: pip install 'meanflow_ros[ray]'")
     for number in range(2):
@@ -323,6 +354,44 @@ def test_without_ray_the_extra_is_named(run, bag, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'ray', None)
     code, _, shown = run(bag, '--ray')
     assert code == 1 and "pip install 'meanflow_ros[ray]'" in shown
+
+
+def test_a_measured_latency_is_of_the_network_as_the_node_runs_it(
+        micro_checkpoint, tmp_path, monkeypatch):
+    micro_bag(tmp_path / 'bag')
+    loaded, load = [], latency.load
+    monkeypatch.setattr(latency, 'load', lambda path, **how: loaded.append(how) or load(
+        path, **how))
+    arguments = ['replay', str(tmp_path / 'bag'), '--checkpoint', str(micro_checkpoint), '--out',
+                 str(tmp_path / 'out'), '--probe-every', '0', '--sampler-steps', '2']
+    for _ in range(2):    # the second takes what the first has measured
+        assert evaluate(arguments) == 0
+        found = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    assert loaded == [{'device': 'auto', 'dtype': 'auto', 'options': RuntimeOptions()}]
+    device = choose_device('auto')
+    dtype = str(choose_dtype('auto', device)).removeprefix('torch.')
+    runtime = found['latency_ms']['runtime']
+    assert (runtime['device'].partition(':')[0], runtime['dtype']) == (device.type, dtype)
+    assert runtime['NFE'] == '2' and {'CUDA graph', 'compiled', 'kernels'} < runtime.keys()
+    assert found['latency_ms']['source'] == (
+        f'measured here, the network alone on {runtime["device"]} in {dtype}, 100 inferences')
+    assert (found['settings']['device'], found['settings']['dtype']) == ('cpu', 'float32')
+    assert len(json.loads((tmp_path / 'out' / 'latency.json').read_text())['latencies_ms']) == 100
+
+
+def test_a_slow_network_is_timed_five_times(micro_checkpoint, monkeypatch):
+    monkeypatch.setattr(latency, 'MEASURE_S', 0.0)
+    found = latency.measured(str(micro_checkpoint), device='cpu', dtype='float32', threads=1)
+    assert len(found.values_s) == 5 and found.source == (
+        'measured here, the network alone on cpu in float32, 5 inferences')
+    assert found.runtime['threads'] == '1'
+
+
+def test_a_device_or_numbers_that_are_not_there_are_one_clear_error(run, bag):
+    code, _, shown = run(bag, '--device', 'cuda:99')
+    assert code == 1 and "device 'cuda:99' was asked for but PyTorch sees" in shown
+    code, _, shown = run(bag, '--compare', 'dtype=float32', 'dtype=int8')
+    assert code == 1 and 'dtype must be auto or one of' in shown and "got 'int8'" in shown
 
 
 def test_latencies_of_another_machine_are_drawn_from_a_file(run, bag, tmp_path):

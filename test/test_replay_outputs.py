@@ -15,9 +15,11 @@ from test_replay_command import micro_bag
 from meanflow_ros.evaluation.evaluate import main as evaluate
 from meanflow_ros.evaluation.replay.comparison import OVERALL, difference
 from meanflow_ros.evaluation.replay.latency import Latency
+from meanflow_ros.evaluation.replay.questions import drift
 from meanflow_ros.evaluation.replay.replay_mcap import write_mcap
 from meanflow_ros.evaluation.replay.running import Replayed
 from meanflow_ros.evaluation.replay.settings import ReplaySettings
+from meanflow_ros.evaluation.replay.verdict import judge
 from meanflow_ros.ros.bag import deserialize
 from meanflow_ros.ros.bag_files import Bag
 from meanflow_ros.training.data_config import DataConfig
@@ -151,6 +153,20 @@ def test_two_settings_of_a_checkpoint_are_compared_from_the_command_line(
     assert evaluate([*arguments, '--compare', 'sampler_steps=x', 'seed=1']) == 1
     assert evaluate([*arguments, '--compare', 'stpes=2', 'seed=1']) == 1
     assert 'checkpoint directory or FIELD=VALUE' in capsys.readouterr().err
+
+
+def test_an_instruction_that_training_has_not_heard_is_told(written):
+    _, episodes, _ = replay(written[0], Fake())
+    told = sorted({text for each in episodes for text in each.instructions})
+    assert drift(episodes, ROBOT, None, None, (), [told[0], 'other'])['instructions'] == {
+        'trained': 2, 'recorded': len(told), 'unheard': told[1:]}
+    assert drift(episodes, ROBOT, None, None, (), told)['instructions']['unheard'] == []
+    document, _, _ = replay(written[0], Fake())
+    assert 'does not say' in document['drift']['instructions']['missing']
+    document['drift']['instructions'] = {'trained': 1, 'recorded': 1, 'unheard': ['fold it']}
+    (finding,) = [each for each in judge(document)['findings'] if 'never heard' in each['text']]
+    assert finding['text'] == "Training has never heard 'fold it'."
+    assert finding['rests_on'] == 'drift.instructions.unheard'
 
 
 def test_replay_md_names_every_part_of_metrics_json(written):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made_bags import MS, T0, simple_bag
+from made_bags import MS, ROBOT, T0, simple_bag
 from replay_rig import Fake, offsets, replay
 
 from meanflow_ros.evaluation.replay import pages
@@ -18,6 +19,8 @@ from meanflow_ros.evaluation.replay.pages import write_report
 from meanflow_ros.evaluation.replay.running import Replayed
 from meanflow_ros.evaluation.report import write_page
 
+RATES = dataclasses.replace(ROBOT, action_space=dataclasses.replace(
+    ROBOT.action_space, rates=('base', 'elbow')))
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror="throw 1">'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser',
                                                 'google-chrome'))), None)
@@ -29,7 +32,7 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp('report')
     simple_bag(folder / 'bag', episodes=2, length_ns=1200 * MS, camera_ns=40 * MS, delay_ns=0)
     document, episodes, _ = replay(
-        folder / 'bag', Fake(error=offsets(0.01, 0.02, 0.04, 0.08, 0.16)), latency_ms=55,
+        folder / 'bag', Fake(RATES, error=offsets(0.01, 0.02, 0.04, 0.08, 0.16)), latency_ms=55,
         probe_every_s=0.2, swapped_instruction='something else')
     document['episodes'][0]['instructions'] = [HOSTILE]
     episodes[0].instructions = (HOSTILE,)
@@ -135,6 +138,9 @@ def test_the_page_opens_offline_with_every_plot_and_without_a_complaint(opened):
     assert drawn_paths(page, '#horizon-plots') == 3 * 4        # three dimensions, four lines each
     assert drawn_paths(page, '#timeline') >= 3 * 2
     assert page.locator('#timing rect.bar').count() > 20
+    shown = page.inner_text('#error')
+    assert all(f'gripper: {who}' in shown for who in ('policy', 'repeat the last action'))
+    assert 'Direction of motion' in shown and 'over base, elbow' in shown
     assert page.locator('#probe-plots rect.bar').count() >= 8
     assert page.locator('#worst .moment').count() >= 2
     assert page.evaluate('[...document.images].every(each => each.complete && each.naturalWidth)')

@@ -45,6 +45,7 @@ def test_training_writes_a_checkpoint_that_loads_with_the_statistics_of_the_data
                                np.maximum(low, policy.robot.action_space.lower), rtol=1e-5)
     assert policy.config.sampler == {'rf': 'euler', 'l1': 'regression'}.get(loss, 'average')
     assert policy.config.training['loss'] == loss
+    assert policy.config.training['instructions'] == data.instructions
     assert len(losses_of(tmp_path / 'run')) == 2
     record = json.loads((tmp_path / 'run' / 'validation.jsonl').read_text())
     assert record['step'] == 2 and set(record['error']) == {'1', '2', '4'}

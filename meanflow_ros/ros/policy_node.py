@@ -32,13 +32,13 @@ from trajectory_msgs.msg import JointTrajectory
 
 from meanflow_ros.core.contract import NANOSECONDS, Observation
 from meanflow_ros.core.guard import Rejected
-from meanflow_ros.core.runtime import FastPolicy
+from meanflow_ros.core.loading import how_it_runs, load, memory_mib, warm_up
+from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions
 from meanflow_ros.core.timeline import Prefix
 from meanflow_ros.paths import default_checkpoint
 from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
 from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest, ahead_or_back
-from meanflow_ros.ros.loading import how_it_runs, load, memory_mib, warm_up
 from meanflow_ros.ros.motion_control import MotionControl
 from meanflow_ros.ros.status import Status
 from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
@@ -105,7 +105,8 @@ class PolicyNode(LifecycleNode):
         if self._left is not None:
             raise RuntimeError(LEFT)
         path = settings.checkpoint or default_checkpoint()
-        policy = load(path, settings)
+        policy = load(path, device=settings.device, dtype=settings.dtype, robot=settings.robot,
+                      options=RuntimeOptions(compile=settings.compile, threads=settings.threads))
         latencies, robot = warm_up(policy, settings.sampler_steps), policy.robot
         self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
             max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from meanflow_ros.core.dit import dit_preset
 from meanflow_ros.core.encoder import encoder_preset, train_tokenizer
@@ -13,6 +14,7 @@ from meanflow_ros.training.cache import PairDataset
 from meanflow_ros.training.config import TrainConfig, options
 from meanflow_ros.training.florence import load_florence, read_tokenizer
 
+MOST_INSTRUCTIONS = 200     # that a checkpoint names
 SAMPLER_OF = {'rf': 'euler', 'l1': 'regression'}
 
 
@@ -23,7 +25,7 @@ def make_policy(config: TrainConfig, data: PairDataset) -> Policy:
     """
     robot = config.robot
     if config.initial:
-        return _continued(config)
+        return _continued(config, data.instructions)
     tokenizer = (read_tokenizer(config.florence) if config.florence else train_tokenizer(
         [config.prompt.format(instruction=text) for text in data.instructions]))
     encoder = encoder_preset(config.preset)
@@ -45,18 +47,23 @@ def make_policy(config: TrainConfig, data: PairDataset) -> Policy:
                           if robot.state_names else None),
         action_normalizer=Normalizer.fit(actions, method=config.normalization, **limits),
         sampler=SAMPLER_OF.get(config.loss, 'average'), relative_to=relative,
-        max_prefix=config.max_prefix, training=trained_with(config)), tokenizer)
+        max_prefix=config.max_prefix, training=trained_with(config, data.instructions)), tokenizer)
     if config.florence:
         load_florence(policy.network.encoder, config.florence)
     return policy
 
 
-def trained_with(config: TrainConfig) -> dict:
-    """Return what a checkpoint says about its training: every option, as plain values."""
-    return {option.name: to_plain(getattr(config, option.name)) for option in options()}
+def trained_with(config: TrainConfig, instructions: Sequence[str]) -> dict:
+    """Return what a checkpoint says about its training: every option, as plain values.
+
+    And the `instructions` of its recordings, unless they are more than MOST_INSTRUCTIONS.
+    """
+    said = {option.name: to_plain(getattr(config, option.name)) for option in options()}
+    texts = sorted(set(instructions))
+    return said | ({'instructions': texts} if 0 < len(texts) <= MOST_INSTRUCTIONS else {})
 
 
-def _continued(config: TrainConfig) -> Policy:
+def _continued(config: TrainConfig, instructions: Sequence[str]) -> Policy:
     """Load the checkpoint `initial`; its robot, statistics and tokenizer stay as they are."""
     policy = Policy.load(config.initial)
     if to_plain(policy.robot) != to_plain(config.robot):
@@ -69,5 +76,7 @@ def _continued(config: TrainConfig) -> Policy:
     if config.condition_dropout and not policy.config.dit.null_context:
         raise ValueError(f'condition_dropout needs a network with a null context, '
                          f'{config.initial} has none')
+    before = policy.config.training.get('instructions')
+    heard = [*before, *instructions] if before else ()     # all of them, or it does not say
     return Policy(dataclasses.replace(policy.config, max_prefix=config.max_prefix,
-                                      training=trained_with(config)), policy.network)
+                                      training=trained_with(config, heard)), policy.network)

@@ -33,8 +33,23 @@ def executed_difference(episode: EpisodeReplay, chunks: np.ndarray | None = None
     chunks: (N, T, A) in place of the policy's, at the steps that were executed.
     """
     due = (episode.source >= 0) & episode.tick_recorded
-    taken = episode.executed if chunks is None else chunks[episode.source, episode.step]
-    return np.where(due[:, None], taken - episode.expected, np.nan)
+    return np.where(due[:, None], executed_by(episode, chunks) - episode.expected, np.nan)
+
+
+def executed_by(episode: EpisodeReplay, chunks: np.ndarray | None = None) -> np.ndarray:
+    """Return what is executed at every control step (M, A), of chunks (N, T, A) or the policy."""
+    return episode.executed if chunks is None else chunks[episode.source, episode.step]
+
+
+def executed_pairs(episodes: Sequence[EpisodeReplay], chunks: Sequence[np.ndarray] | None = None):
+    """Return of each episode the times (K,), what is executed and what was recorded, (K, A).
+
+    chunks: as for executed_difference. Steps for which either is unknown are left out.
+    """
+    for index, each in enumerate(episodes):
+        own = executed_by(each, None if chunks is None else chunks[index])
+        due = each.tick_recorded & (each.source >= 0) & np.isfinite(own).all(1)
+        yield each.tick_ns[due], own[due], each.expected[due]
 
 
 def first_rows(episode: EpisodeReplay) -> np.ndarray:
@@ -56,10 +71,11 @@ def accuracy(episodes: Sequence[EpisodeReplay], robot: RobotSpec, baselines: Ans
              'first_step': first, 'first_step_mae': first['mae'],
              'relative_error': with_interval(
                  len(episodes), lambda weights: policy.relative(weights, scale)),
-             'horizon': _horizon(episodes, names, None), 'baselines': {}}
+             'horizon': _horizon(episodes, names, None), 'gripper': gripper(episodes, robot),
+             'direction': direction(episodes, robot), 'baselines': {}}
     for name, chunks in baselines.items():
         found['baselines'][name] = ({'missing': why_not.get(name, '')} if chunks is None else
-                                    _baseline(episodes, chunks, names, scale, policy))
+                                    _baseline(episodes, chunks, robot, scale, policy))
     return found
 
 
@@ -67,18 +83,20 @@ def _absolute(parts: Sequence[np.ndarray]) -> Sums:
     return Sums.of([np.abs(part) for part in parts])
 
 
-def _baseline(episodes, chunks, names, scale: np.ndarray, policy: Sums) -> dict:
+def _baseline(episodes, chunks, robot: RobotSpec, scale: np.ndarray, policy: Sums) -> dict:
     """Return the baseline's errors, and by how much its relative error is above the policy's."""
     differences = [executed_difference(each, own) for each, own in zip(episodes, chunks)]
     firsts = [difference[first_rows(each)] for each, difference in zip(episodes, differences)]
-    own, count = _absolute(firsts), len(episodes)
+    names, own, count = robot.action_space.dimensions, _absolute(firsts), len(episodes)
     first = errors(names, np.concatenate(firsts))
     return {'executed': errors(names, np.concatenate(differences)), 'first_step': first,
             'first_step_mae': first['mae'],
             'relative_error': with_interval(count, lambda drawn: own.relative(drawn, scale)),
             'policy_better_by': with_interval(count, lambda drawn: own.relative(drawn, scale)
                                               - policy.relative(drawn, scale)),
-            'horizon': _horizon(episodes, names, chunks)}
+            'horizon': _horizon(episodes, names, chunks),
+            'gripper': gripper(episodes, robot, chunks),
+            'direction': direction(episodes, robot, chunks)}
 
 
 def first_step_errors(episodes: Sequence[EpisodeReplay]) -> Sums:
@@ -114,34 +132,38 @@ def per_episode(episode: EpisodeReplay, scale: np.ndarray) -> dict:
             'deadline_misses': int(episode.missed.sum())}
 
 
-def gripper(episodes: Sequence[EpisodeReplay], robot: RobotSpec) -> dict:
+def gripper(episodes: Sequence[EpisodeReplay], robot: RobotSpec,
+            chunks: Sequence[np.ndarray] | None = None) -> dict:
     """Return per gripper how often open and closed agree, and how late it switches.
 
-    Open and closed are told apart at the middle of what was recorded. A recorded switch is met by
-    the policy's nearest switch in the same direction within SWITCH_WITHIN_S.
+    chunks: per episode (N, T, A), in place of the policy's. Open and closed are told apart at the
+    middle of what was recorded. A recorded switch is met by the nearest switch in the same
+    direction within SWITCH_WITHIN_S.
     """
     found = {}
     for index, name in gripper_dimensions(robot.action_space):
-        values = np.concatenate([each.expected[each.tick_recorded & (each.source >= 0), index]
-                                 for each in episodes])
+        values = np.concatenate([recorded[:, index] for _, _, recorded
+                                 in executed_pairs(episodes)])
         if not values.size or values.min() == values.max():
             found[name] = {'missing': 'the recorded gripper never moves'}
             continue
         middle = (values.min() + values.max()) / 2
         agreed, offsets, missed, extra = [], [], 0, 0
-        for each in episodes:
-            due = each.tick_recorded & (each.source >= 0)
-            times = each.tick_ns[due] / 1e9
-            ours, theirs = (rows[due, index] > middle for rows in (each.executed, each.expected))
+        for times_ns, executed, recorded in executed_pairs(episodes, chunks):
+            ours, theirs = (rows[:, index] > middle for rows in (executed, recorded))
             agreed.append(ours == theirs)
-            late, without, beside = _switches(times, ours, theirs)
+            late, without, beside = _switches(times_ns / 1e9, ours, theirs)
             offsets += late
             missed, extra = missed + without, extra + beside
         found[name] = {'threshold': float(middle),
-                       'agreement': number(np.concatenate(agreed).mean()),
+                       'agreement': _share(np.concatenate(agreed)),
                        'switches': len(offsets) + missed, 'missed': missed, 'extra': extra,
                        'late_s': quantiles(np.array(offsets), (5, 50, 95))}
     return found
+
+
+def _share(hits: np.ndarray) -> float | None:
+    return number(hits.mean()) if len(hits) else None
 
 
 def gripper_dimensions(space: ActionSpace) -> list[tuple[int, str]]:
@@ -172,16 +194,18 @@ def _edges(times: np.ndarray, values: np.ndarray) -> list[tuple[float, bool]]:
     return [(float(times[index]), bool(values[index])) for index in at]
 
 
-def direction(episodes: Sequence[EpisodeReplay], robot: RobotSpec) -> dict:
+def direction(episodes: Sequence[EpisodeReplay], robot: RobotSpec,
+              chunks: Sequence[np.ndarray] | None = None) -> dict:
     """Return the cosine between commanded and recorded direction, over dimensions that are rates.
 
-    Each is divided by its typical recorded size; steps at which either hardly moves are left out.
+    chunks: per episode (N, T, A), in place of the policy's. Each is divided by its typical
+    recorded size; steps at which either hardly moves are left out.
     """
     rates = rate_dimensions(robot.action_space)
     if not rates:
         return {'missing': 'no dimension of the action space is a rate or an increment'}
-    pairs = [(each.executed[due][:, rates], each.expected[due][:, rates]) for each in episodes
-             for due in [each.tick_recorded & (each.source >= 0)]]
+    pairs = [(executed[:, rates], recorded[:, rates])
+             for _, executed, recorded in executed_pairs(episodes, chunks)]
     ours, theirs = (np.concatenate(part) for part in zip(*pairs))
     size = np.abs(theirs).mean(0) if len(theirs) else np.ones(len(rates))
     size = np.where(size > 0, size, 1.0)

@@ -16,8 +16,8 @@ import torch
 
 from meanflow_ros.core.contract import ActionChunk, Observation
 from meanflow_ros.core.encoding_once import EncodingOnce, Question
-from meanflow_ros.core.policy import DTYPES
-from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions
+from meanflow_ros.core.loading import load
+from meanflow_ros.core.runtime import RuntimeOptions
 from meanflow_ros.evaluation.replay.settings import LIVE, RECORDED, ReplaySettings
 
 Act = Callable[[Sequence[Observation], Sequence[int]], list[ActionChunk]]
@@ -26,7 +26,9 @@ SWITCH_S = 2e-4    # a thread that waits for the interpreter gets it so soon
 
 
 class Acting:
-    """A checkpoint with the settings of a replay, as fast as the node runs it.
+    """A checkpoint with the settings of a replay, in batches as fast as they go.
+
+    How long the node takes for one observation is another matter: see latency.measured.
 
     seconds, chunks: what inference has taken so far; the seconds of all threads are added up.
     flow: whether it starts from noise. threads: that share the batches, 1 on a GPU. Use it from
@@ -34,11 +36,8 @@ class Acting:
     """
 
     def __init__(self, settings: ReplaySettings):
-        device = settings.device
-        if device == 'auto':
-            device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        self.policy = FastPolicy.load(
-            settings.checkpoint, device=device, dtype=DTYPES[settings.dtype],
+        self.policy = load(
+            settings.checkpoint, device=settings.device, dtype=settings.dtype,
             options=RuntimeOptions(graphs=False, kernels=False, threads=settings.threads))
         self.steps = settings.sampler_steps or self.policy.config.sampler_steps
         self.seed = settings.seed

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from meanflow_ros.core.policy import DTYPES
 from meanflow_ros.evaluation.replay.comparison import FIELDS, compare
 from meanflow_ros.evaluation.replay.gate import Condition
 from meanflow_ros.evaluation.replay.latency import MEASURED
@@ -63,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='episodes of each bag, counted from 0 (default: all)')
     robot = parser.add_argument_group('as on the robot')
     robot.add_argument('--latency', default=MEASURED, metavar='TIME|FILE',
-                       help='of an inference: 80ms, measured (on this machine, the default), or '
-                       'a file of latencies that bench has written')
+                       help='of an inference: 80ms, measured (on this machine, as the node runs '
+                       'it; the default), or a file of latencies that bench has written')
     robot.add_argument('--sampler-steps', type=int, default=0,
                        help="NFE; 0 takes the checkpoint's own (default 0)")
     robot.add_argument('--seed', type=int, default=0, help='of the sampler noise (default 0)')
@@ -77,8 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     robot.add_argument('--picture-size', choices=PICTURE_SIZES,
                        default=ReplaySettings.picture_size,
                        help="when an input counts as missing, as the node's parameters")
-    robot.add_argument('--device', default='cpu', help='auto, cpu, cuda or cuda:N (default cpu)')
-    robot.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+    robot.add_argument('--device', help="auto, cpu, cuda or cuda:N, as the node's parameter "
+                       '(default: chunks on the CPU; a measured latency is that of auto)')
+    robot.add_argument('--dtype', choices=('auto', *DTYPES),
+                       help="as the node's parameter (default: chunks in float32, in which "
+                       'batches change nothing; a measured latency is that of auto)')
     robot.add_argument('--batch', type=int, default=0,
                        help=f'observations that are inferred at a time (default {BATCH_ON_CPU} on '
                        f'a CPU, else {BATCH}); changes no result')

@@ -11,6 +11,8 @@ import dataclasses
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from meanflow_ros.evaluation.replay.settings import ReplaySettings
 
 Progress = Callable[[float], None]
 Done = Callable[[Path, dict], None]
+TOLD = (ValueError, OSError, RuntimeError, MemoryError)    # whose message says enough
+DIED = 'the worker process died, perhaps for want of memory'
 _acting: Acting | None = None      # of a worker process
 
 
@@ -34,22 +38,45 @@ def run_here(bags: Sequence[Path], settings: ReplaySettings, directory: Path,
 
 def run_in_processes(bags: Sequence[Path], settings: ReplaySettings, directory: Path,
                      jobs: int, *, done: Done) -> None:
-    """Replay bags with `jobs` processes; `done` is called in the order in which they finish."""
+    """Replay bags with `jobs` processes; `done` is called in the order in which they finish.
+
+    A process that dies takes all others with it. What was waiting is then tried again, and so is
+    each bag that may have been under way, one at a time: one that ends its process alone is
+    reported.
+    """
+    waiting = list(bags)
+    while waiting:
+        left = _run_pool(waiting, settings, directory, jobs, done)
+        suspects = [bag for bag in waiting if bag in left][:jobs]
+        for bag in suspects:
+            if _run_pool([bag], settings, directory, 1, done):
+                done(bag, failed(bag, DIED))
+        waiting = [bag for bag in waiting if bag in left and bag not in suspects]
+
+
+def _run_pool(bags: Sequence[Path], settings: ReplaySettings, directory: Path, jobs: int,
+              done: Done) -> set[Path]:
+    """Replay bags by processes until all are done or one dies; return those that are left."""
     fingerprint = settings.fingerprint()
     context = multiprocessing.get_context('forkserver')    # which imports PyTorch once for all
     context.set_forkserver_preload([__name__])
-    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(bags)), context, _begin_worker,
-                                                (settings,)) as pool:
-        waiting = {pool.submit(_work_in_process, bag, settings, directory, fingerprint): bag
-                   for bag in bags}
+    left = set(bags)
+    with ProcessPoolExecutor(min(jobs, len(bags)), context, _begin_worker, (settings,)) as pool:
         try:
+            waiting = {pool.submit(_work_in_process, bag, settings, directory, fingerprint): bag
+                       for bag in bags}
             for future in concurrent.futures.as_completed(waiting):
-                done(waiting[future], _result_of(future, waiting[future]))
+                report, bag = future.result(), waiting[future]
+                left.remove(bag)
+                done(bag, report)
+        except BrokenProcessPool:
+            pass
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             raise
+    return left
 
 
 def run_with_ray(bags: Sequence[Path], settings: ReplaySettings, directory: Path, *,
@@ -116,21 +143,17 @@ def _work(bag: Path, settings: ReplaySettings, parts: Parts, acting: Acting | No
         for episode in replay_bag(bag, settings, acting, report, progress=progress,
                                   done=parts.has):
             parts.save(episode)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except TOLD as error:
         report.error = _first_line(error)
+        return asdict(report)
+    except Exception as error:    # of a library, or a mistake of ours: no other bag is to suffer
+        report.error = f'{type(error).__name__}: {_first_line(error)}'
         return asdict(report)
     if acting:
         report.inference_s = acting.seconds - before[0]
         report.inferred = acting.chunks - before[1]
     parts.finish(report)
     return asdict(report)
-
-
-def _result_of(future: concurrent.futures.Future, bag: Path) -> dict:
-    try:
-        return future.result()
-    except concurrent.futures.process.BrokenProcessPool:
-        return failed(bag, 'the worker process died, perhaps for want of memory')
 
 
 def failed(bag: Path, error: str) -> dict:

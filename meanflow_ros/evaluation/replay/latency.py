@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from meanflow_ros.core.contract import NANOSECONDS, Observation, RobotSpec
+from meanflow_ros.core.loading import how_it_runs, load, warm_up
+from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions
 
 UNITS_S = {'ns': 1e-9, 'us': 1e-6, 'ms': 1e-3, 's': 1.0}
 MEASURED = 'measured'
-WARM_UP, RUNS = 3, 15
+FEWEST, MOST, MEASURE_S = 5, 100, 5.0      # inferences that are timed, and for how long
 LONGEST_S = 3600.0
 
 
@@ -23,11 +26,13 @@ LONGEST_S = 3600.0
 class Latency:
     """Inference times to draw from. values_s: one or more, each 0 to LONGEST_S.
 
-    source: where they come from, in words. One value is a fixed latency.
+    source: where they come from, in words. runtime: how the network that was timed ran, if it was
+    timed here. One value is a fixed latency.
     """
 
     values_s: tuple[float, ...]
     source: str
+    runtime: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         values = np.array(self.values_s, np.float64)
@@ -76,16 +81,46 @@ def from_file(path: Path) -> Latency:
     return Latency(values_s=tuple(value / 1e3 for value in values), source=f'file: {path.name}')
 
 
-def measured(act: Callable, robot: RobotSpec, instruction: str) -> Latency:
-    """Time single inferences on this machine, after a warm-up, with pictures of noise."""
+def measured(checkpoint: str, *, device: str = 'auto', dtype: str = 'auto', threads: int = 0,
+             steps: int = 0, instruction: str = '') -> Latency:
+    """Time single inferences on this machine, of the network as the node would run it.
+
+    After a warm-up, on pictures of noise: MOST of them, or as many as MEASURE_S allows. device,
+    dtype, threads: as the node's parameters. steps: NFE, 0 for the checkpoint's own.
+    """
+    policy = load(checkpoint, device=device, dtype=dtype, options=RuntimeOptions(threads=threads))
+    try:
+        steps = steps or policy.config.sampler_steps
+        warm_up(policy, steps)
+        values = _timed(policy, _noise(policy.robot, instruction or 'measure'), steps)
+        runtime = runtime_of(policy, steps)
+    finally:
+        policy.close()
+    return Latency(values_s=values, runtime=runtime, source=(
+        f'measured here, the network alone on {runtime["device"]} in {runtime["dtype"]}, '
+        f'{len(values)} inferences'))
+
+
+def runtime_of(policy: FastPolicy, steps: int) -> dict[str, str]:
+    """Return where, in which numbers and how a policy runs, in words."""
+    on_cpu = {'threads': str(torch.get_num_threads())} if policy.device.type == 'cpu' else {}
+    return {'device': str(policy.device), 'dtype': str(policy.dtype).removeprefix('torch.'),
+            'NFE': str(steps), **on_cpu, **how_it_runs(policy)}
+
+
+def _timed(policy: FastPolicy, observation: Observation, steps: int) -> tuple[float, ...]:
+    values, begun = [], time.perf_counter()
+    while len(values) < FEWEST or (len(values) < MOST
+                                   and time.perf_counter() - begun < MEASURE_S):
+        start = time.perf_counter()
+        policy.act(observation, steps=steps)
+        values.append(time.perf_counter() - start)
+    return tuple(values)
+
+
+def _noise(robot: RobotSpec, instruction: str) -> Observation:
     random = np.random.default_rng(0)
-    observation = Observation(
-        stamp_ns=0, instruction=instruction or 'measure', state=np.zeros(len(robot.state_names)),
+    return Observation(
+        stamp_ns=0, instruction=instruction, state=np.zeros(len(robot.state_names)),
         images={camera.name: random.integers(0, 256, (camera.height, camera.width, 3), np.uint8)
                 for camera in robot.cameras})
-    values = []
-    for _ in range(WARM_UP + RUNS):
-        start = time.perf_counter()
-        act([observation], [0])
-        values.append(time.perf_counter() - start)
-    return Latency(values_s=tuple(values[WARM_UP:]), source=f'measured here, {RUNS} inferences')

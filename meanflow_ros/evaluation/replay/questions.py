@@ -91,14 +91,16 @@ def _spread(episodes, variants: list[str], scale: np.ndarray) -> dict:
 
 
 def drift(episodes: Sequence[EpisodeReplay], robot, state_normalizer, action_normalizer,
-          relative_to: Sequence[str]) -> dict:
+          relative_to: Sequence[str], heard: Sequence[str] | None) -> dict:
     """Return how far the recording's inputs and actions are from what training has seen.
 
     The checkpoint holds the range (low, high) of most of the training data per dimension; with
     the default normalisation 1 % lie below and 1 % above it. outside: share of values outside;
-    centre: mean place within the range, -1 at low and 1 at high.
+    centre: mean place within the range, -1 at low and 1 at high. heard: the instructions of the
+    training, None if the checkpoint does not say.
     """
-    found = {'states': {}, 'actions': {}, 'pictures': {}}
+    found = {'states': {}, 'actions': {}, 'pictures': {},
+             'instructions': _unheard(episodes, heard)}
     states = np.concatenate([each.states for each in episodes])
     if state_normalizer is not None:
         found['states'] = _places(robot.state_names, states, state_normalizer)
@@ -114,6 +116,14 @@ def drift(episodes: Sequence[EpisodeReplay], robot, state_normalizer, action_nor
             'recorded': sorted(list(size) for size in sizes),
             'same': all(size == (camera.width, camera.height) for size in sizes)}
     return found
+
+
+def _unheard(episodes: Sequence[EpisodeReplay], heard: Sequence[str] | None) -> dict:
+    """Return the recorded instructions that training has not heard."""
+    if heard is None:
+        return {'missing': 'the checkpoint does not say which instructions it was trained with'}
+    told = {text for each in episodes for text in each.instructions}
+    return {'trained': len(heard), 'recorded': len(told), 'unheard': sorted(told - set(heard))}
 
 
 def _places(names, values: np.ndarray, normalizer) -> dict:

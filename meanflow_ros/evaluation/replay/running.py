@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from meanflow_ros.core.loading import choose_device, choose_dtype
 from meanflow_ros.evaluation.replay import jobs, latency
 from meanflow_ros.evaluation.replay.acting import Acting, make_acting
 from meanflow_ros.evaluation.replay.episode import EpisodeReplay
@@ -48,9 +49,9 @@ def replay(bags: Sequence[Path], arguments: argparse.Namespace) -> Replayed:
         latency.fixed(arguments.latency) or latency.from_file(Path(arguments.latency)))
     settings, seconds, reports = look_at(bags, make_settings(arguments))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    acting = make_acting(settings)
     settings = dataclasses.replace(settings, latency=given or _latency(
-        arguments.out, settings, acting))
+        arguments.out, settings, arguments.device or 'auto', arguments.dtype or 'auto'))
+    acting = make_acting(settings)
     todo = [bag for bag in bags if bag not in reports]
     interrupted = False
     try:
@@ -87,12 +88,14 @@ def make_settings(arguments: argparse.Namespace) -> ReplaySettings:
     if checkpoint is None and not (arguments.policy == RECORDED and arguments.config):
         checkpoint = default_checkpoint()
     robot, data = read_robot_and_data(checkpoint, arguments.config, arguments.data)
+    device = choose_device(arguments.device or 'cpu')
     return ReplaySettings(
         robot=robot, data=data, latency=Latency(values_s=(0.0,), source='not yet known'),
         policy=LIVE if arguments.live else arguments.policy, checkpoint=str(checkpoint or ''),
         namespace=arguments.namespace,
-        sampler_steps=arguments.sampler_steps, seed=arguments.seed, device=arguments.device,
-        dtype=arguments.dtype, batch=arguments.batch, threads=arguments.threads,
+        sampler_steps=arguments.sampler_steps, seed=arguments.seed, device=str(device),
+        dtype=str(choose_dtype(arguments.dtype or 'float32', device)).removeprefix('torch.'),
+        batch=arguments.batch, threads=arguments.threads,
         remaps=parse_remappings(arguments.topic),
         start_s=arguments.start, duration_s=arguments.duration, episodes=arguments.episodes,
         instruction=arguments.instruction, probe_every_s=arguments.probe_every,
@@ -102,19 +105,23 @@ def make_settings(arguments: argparse.Namespace) -> ReplaySettings:
         picture_size=arguments.picture_size)
 
 
-def _latency(out: Path, settings: ReplaySettings, acting: Acting | None) -> Latency:
+def _latency(out: Path, settings: ReplaySettings, device: str, dtype: str) -> Latency:
+    """Return the latency that is not given. device, dtype: what the node would be told."""
     if settings.policy == LIVE:
         return Latency(values_s=(0.0,), source='live: from a complete observation to its chunk')
-    if acting is None:
+    if settings.policy == RECORDED:
         return Latency(values_s=(0.0,), source='none: the recorded commands need no inference')
-    kept = out / LATENCY
+    kept, of = out / LATENCY, f'{settings.fingerprint()} {device} {dtype}'
     if kept.is_file():    # an interrupted run goes on with the latencies that it began with
         document = json.loads(kept.read_text())
-        if document.get('of') == settings.fingerprint():
-            return Latency(values_s=tuple(document['values_s']), source=document['source'])
-    found = latency.measured(acting, settings.robot, settings.instruction)
-    write_json(kept, {'of': settings.fingerprint(), 'values_s': found.values_s,
-                      'source': found.source,
+        if document.get('of') == of:
+            return Latency(values_s=tuple(document['values_s']), source=document['source'],
+                           runtime=document['runtime'])
+    found = latency.measured(
+        settings.checkpoint, device=device, dtype=dtype, threads=settings.threads,
+        steps=settings.sampler_steps, instruction=settings.instruction)
+    write_json(kept, {'of': of, 'values_s': found.values_s, 'source': found.source,
+                      'runtime': dict(found.runtime),
                       'latencies_ms': [1e3 * value for value in found.values_s]})
     return found
 

@@ -14,7 +14,7 @@ import torch
 
 from meanflow_ros.core.policy import read_config
 from meanflow_ros.evaluation.replay.accuracy import (
-    accuracy, direction, gripper, per_episode, recorded_actions, scale_of)
+    accuracy, per_episode, recorded_actions, scale_of)
 from meanflow_ros.evaluation.replay.baselines import baseline_chunks
 from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.evaluation.replay.questions import drift, probed
@@ -55,15 +55,16 @@ def _numbers(episodes: Sequence[EpisodeReplay], settings: ReplaySettings) -> dic
     baselines, why_not = baseline_chunks(episodes)
     found = accuracy(episodes, robot, baselines, why_not)
     found |= timing(episodes, robot)
-    found['latency_ms']['source'] = settings.latency.source
-    found |= {'guard': guarded(episodes), 'missing_input': missing_input(episodes),
-              'gripper': gripper(episodes, robot), 'direction': direction(episodes, robot)}
+    found['latency_ms'] |= {'source': settings.latency.source,
+                            'runtime': dict(settings.latency.runtime)}
+    found |= {'guard': guarded(episodes), 'missing_input': missing_input(episodes)}
     found |= probed(episodes, robot.action_space.dimensions, scale)
-    normalizers = (None, None, ())
+    trained = (None, None, (), None)
     if settings.checkpoint:
         config = read_config(Path(settings.checkpoint, 'policy.yaml'))
-        normalizers = config.state_normalizer, config.action_normalizer, config.relative_to
-    found['drift'] = drift(episodes, robot, *normalizers)
+        trained = (config.state_normalizer, config.action_normalizer, config.relative_to,
+                   config.training.get('instructions'))
+    found['drift'] = drift(episodes, robot, *trained)
     found['episodes'] = [per_episode(each, scale) for each in episodes]
     return found
 

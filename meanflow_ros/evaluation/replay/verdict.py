@@ -164,6 +164,11 @@ def _drift(document) -> list[Finding]:
             found.append(Finding(LOOK, f'camera {name!r} was recorded at {sizes}, training saw '
                                        f'{picture["trained"][0]}x{picture["trained"][1]}.',
                                  f'drift.pictures.{name}'))
+    unheard = document['drift']['instructions'].get('unheard')
+    if unheard:
+        found.append(Finding(LOOK, f'Training has never heard {", ".join(map(repr, unheard[:3]))}'
+                                   f'{" and others" if len(unheard) > 3 else ""}.',
+                             'drift.instructions.unheard'))
     return found
 
 

@@ -77,10 +77,15 @@ function horizon(found, policy) {
     element('div', {class: 'plots', id: 'horizon-plots'}, plots), element('h3', {}, 'Per dimension'), table(head, rows));
   const why = Object.entries(found.baselines).filter(([, each]) => each.missing);
   if (why.length) made.append(element('p', {class: 'note'}, 'Left out: ', why.map(([name, each]) => `${BASELINES[name][0]} (${each.missing})`).join('; ')));
+  const everyone = [['policy', found], ...others.map(([key, [words]]) => [words, found.baselines[key]])];
   const grippers = Object.entries(found.gripper).filter(([, each]) => !each.missing);
   if (grippers.length) made.append(element('h3', {}, 'Gripper'), table(['', 'open or closed agrees', 'switches', 'missed', 'extra', 'late p50', 'late p95'],
-    grippers.map(([name, each]) => [name, percent(each.agreement), each.switches, each.missed, each.extra, seconds(each.late_s.p50), seconds(each.late_s.p95)])));
-  if (!found.direction.missing) made.append(element('p', {}, `Direction of motion: cosine ${round(found.direction.mean, 2)} with the recording on the mean, below ${round(found.direction.p10, 2)} for a tenth of the ${found.direction.steps} steps; ${percent(found.direction.against)} go against it.`));
+    grippers.flatMap(([name]) => everyone.map(([words, {gripper: {[name]: each}}]) =>
+      [`${name}: ${words}`, percent(each.agreement), each.switches, each.missed, each.extra, seconds(each.late_s.p50), seconds(each.late_s.p95)]))));
+  if (!found.direction.missing) made.append(element('h3', {}, 'Direction of motion'),
+    element('p', {class: 'note'}, `The cosine with the recording, over ${found.direction.dimensions.join(', ')}: 1 is the same way, below 0 is against it.`),
+    table(['', 'mean', 'a tenth of the steps is below', 'steps against', 'steps'], everyone.map(([words, {direction}]) =>
+      direction.missing ? [words, '–', '–', '–', direction.missing] : [words, round(direction.mean, 2), round(direction.p10, 2), percent(direction.against), direction.steps])));
 }
 
 function timelines(found) {
@@ -108,7 +113,8 @@ function worst(found, policy) {
 function timing(found, policy) {
   const plots = [['latency_ms', 'Latency of an inference', 'ms'], ['observation_age_s', 'Age of the observation when its action is executed', 's']]
     .filter(([key]) => data.histograms[key]).map(([key, title, unit]) => figure(title, histogram({...data.histograms[key], label: title, xName: unit})));
-  section('timing', 'Latency and staleness', `Latency: ${found.latency_ms.source}. Execution: ${found.settings.execution}.`,
+  const ran = Object.entries(found.latency_ms.runtime).map(([name, text]) => `${name}: ${text}`).join('; ');
+  section('timing', 'Latency and staleness', `Latency: ${found.latency_ms.source}${ran ? ` (${ran})` : ''}. Execution: ${found.settings.execution}.`,
     element('div', {class: 'plots wide'}, plots),
     table(['', 'p50', 'p95', 'p99', 'max'], [['latency, ms', found.latency_ms], ['age at execution, s', found.observation_age_s]]
       .map(([name, each]) => [name, ...['p50', 'p95', 'p99', 'max'].map(what => round(each[what]))])),

@@ -12,20 +12,22 @@ import torch
 from meanflow_ros.core.contract import Observation
 from meanflow_ros.core.policy import DTYPES
 from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions, multiplies_bfloat16
-from meanflow_ros.ros.parameters import PolicyParameters
 
 WARM_UP_RUNS = 5
 
 
-def load(path: Path | str, settings: PolicyParameters) -> FastPolicy:
-    """Read a checkpoint as the parameters say; ValueError if it is for another robot."""
-    device = choose_device(settings.device)
-    policy = FastPolicy.load(
-        path, device=device, dtype=choose_dtype(settings.dtype, device),
-        options=RuntimeOptions(compile=settings.compile, threads=settings.threads))
-    if settings.robot and settings.robot != policy.robot.robot:
+def load(path: Path | str, *, device: str = 'auto', dtype: str = 'auto',
+         options: RuntimeOptions = RuntimeOptions(), robot: str = '') -> FastPolicy:
+    """Read a checkpoint as the node does; ValueError if it is for another robot than `robot`.
+
+    device, dtype: see choose_device and choose_dtype. robot: '' for any.
+    """
+    chosen = choose_device(device)
+    policy = FastPolicy.load(path, device=chosen, dtype=choose_dtype(dtype, chosen),
+                             options=options)
+    if robot and robot != policy.robot.robot:
         raise ValueError(f'checkpoint {path} is for robot {policy.robot.robot!r}, '
-                         f'this node is for {settings.robot!r}')
+                         f'this node is for {robot!r}')
     return policy
 
 
@@ -42,9 +44,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn `auto`, `float32` or `bfloat16` into a dtype; auto is bfloat16 where that is fast."""
+    """Turn `auto`, `float32` or `bfloat16` into a dtype; auto is bfloat16 where that is fast.
+
+    ValueError for any other name.
+    """
     if name == 'auto':
         name = 'bfloat16' if multiplies_bfloat16(device) else 'float32'
+    if name not in DTYPES:
+        raise ValueError(f'dtype must be auto or one of {", ".join(DTYPES)}, got {name!r}')
     return DTYPES[name]
 
 
