@@ -192,7 +192,9 @@ class Rig:
         self.namespace = f'/rig{next(_numbers)}'
         self._threads = torch.get_num_threads()
         self.name = f'{self.namespace}/meanflow_policy'
-        values = {'threads': 1, 'dtype': 'float32', **(parameters or {})}
+        values = {'threads': 1, **(parameters or {})}
+        if '--params-file' not in arguments:   # a file would be overridden
+            values.setdefault('dtype', 'float32')
         if checkpoint is not None:
             values = {'checkpoint': str(checkpoint), **values}
         self._node_side, self._feeder_side, self._clients = _Spinner(), _Spinner(), {}
