@@ -80,12 +80,12 @@ test: setup browser
 	[ -n "$$closing" ] && exit $$status || exit 1
 
 faults: setup
-	$(PY) test/reliability/campaign.py --out docs/data/reliability.json
-	$(PY) test/reliability/report.py
+	status=0; $(PY) test/reliability/campaign.py --out docs/data/reliability.json || status=$$?
+	$(PY) test/reliability/report.py && exit $$status
 
 soak: setup
-	$(PY) test/reliability/soak.py --minutes $(MINUTES) --out docs/data/soak.json --plot docs/soak.png
-	$(PY) test/reliability/report.py
+	status=0; $(PY) test/reliability/soak.py --minutes $(MINUTES) --out docs/data/soak.json --plot docs/soak.png || status=$$?
+	$(PY) test/reliability/report.py && exit $$status
 
 setup: $(READY) mesa
 

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or install its wheels')
 
 import torch  # noqa: E402, I001
+from builtin_interfaces.msg import Time as TimeMessage  # noqa: E402
+from rclpy.time import Time  # noqa: E402
 from sensor_msgs.msg import CompressedImage  # noqa: E402
 
 from meanflow_ros.core import loading  # noqa: E402
@@ -613,3 +616,22 @@ def test_a_chunk_that_comes_too_late_is_not_published(micro_checkpoint):
             time.sleep(0.03)
         rig.no_chunk('guard: every step of the chunk was due before now', each=each)
         rig.recovers()
+
+
+def test_what_rclpy_raises_for_a_negative_clock_does_not_end_a_node_on_simulated_time():
+    class Executor:
+        spins = 0
+
+        def spin(self):
+            self.spins += 1
+            if self.spins < 3:
+                Time.from_msg(TimeMessage(sec=-5))
+
+    def node(simulated):
+        return SimpleNamespace(get_parameter=lambda name: SimpleNamespace(value=simulated),
+                               get_logger=lambda: SimpleNamespace(error=lambda *_, **__: None))
+    executor = Executor()
+    policy_node._spin(node(True), executor)
+    assert executor.spins == 3
+    with pytest.raises(ValueError, match='negative'):
+        policy_node._spin(node(False), Executor())

@@ -16,8 +16,10 @@ from reliability import report  # noqa: E402, I001
 from reliability.checks import PERIOD_S, Checker  # noqa: E402
 from reliability.faults import all_faults  # noqa: E402
 from reliability.graph import MODEL, Graph  # noqa: E402
-from reliability.robot import ACCELERATION, DIMENSIONS, LOWER, UPPER, VELOCITY  # noqa: E402
-from reliability.soak import slope, verdict  # noqa: E402
+from reliability.robot import (  # noqa: E402
+    ACCELERATION, DIMENSIONS, JERK, LOWER, UPPER, VELOCITY)
+from reliability.soak import failed, slope, verdict  # noqa: E402
+from reliability.streams import FAULTS  # noqa: E402
 from reliability.trial import attempt  # noqa: E402
 
 BUSY_S = 5.0      # a computer that runs tests beside others is late; the campaign is not so kind
@@ -43,6 +45,17 @@ def test_there_are_forty_kinds_of_fault_and_more():
     names = [fault.name for fault in all_faults()]
     assert len(names) == len(set(names)) >= 100
     assert 8 <= len(SHORT) <= 10
+
+
+def test_every_input_is_dropped_delayed_duplicated_reordered_frozen_corrupted_and_flooded():
+    for faults in FAULTS.values():
+        assert {'dropped', 'delayed', 'duplicated', 'reordered', 'frozen', 'truncated', 'garbled',
+                'flooded'} <= set(faults)
+    names = [fault.name for fault in all_faults()]
+    for title in ('camera static', 'joint states', 'instruction', 'clock', 'robot description'):
+        for kind in ('dropped', 'delayed', 'duplicated', 'reordered', 'frozen', 'truncated',
+                     'garbled', 'flooded'):
+            assert any(name.startswith(f'{title}: {kind}') for name in names), (title, kind)
 
 
 # The checks of the campaign, on commands made by hand.
@@ -72,11 +85,35 @@ def test_a_jump_is_a_violation_of_velocity_and_acceleration(column):
 def test_what_moves_at_its_limits_is_no_violation_and_a_thousandth_more_is():
     for share, wrong in ((1.0, False), (1.002, True)):
         times = np.arange(12) * PERIOD_S
-        path = HOME[1] + share * ACCELERATION[1] * np.minimum(times, 0.1) ** 2 / 2
+        path = HOME[2] + share * ACCELERATION[2] * np.minimum(times, 0.04) ** 2 / 2
         rows = np.tile(HOME[1:], (12, 1))
-        rows[:6, 0] = path[:6]
-        rows[6:, 0] = path[5] + np.arange(1, 7) * (path[5] - path[4])
+        rows[:3, 1] = path[:3]
+        rows[3:, 1] = path[2] + np.arange(1, 10) * (path[2] - path[1])
         assert (checked(rows).violated > 0) == wrong
+
+
+def test_jerk_is_the_third_difference_though_periods_differ():
+    """Jerk as large as allowed for 60 ms, then acceleration: x = j t^3/6, then a parabola."""
+    times = np.cumsum([0.0, *[0.02] * 4, 0.013, 0.02, 0.007, 0.02, 0.02])
+    since = times - 0.08
+    for share, wrong in ((0.9, False), (1.0, False), (1.002, True)):
+        jerking = np.clip(since, 0.0, 0.06)
+        speed = share * JERK[1] * (jerking**2 / 2 + jerking * (np.maximum(since, 0.0) - jerking))
+        assert speed.max() < VELOCITY[1]
+        after = np.maximum(since, 0.0) - jerking
+        rows = np.tile(HOME[1:], (len(times), 1))
+        rows[:, 0] += share * JERK[1] * (jerking**3 / 6 + jerking**2 / 2 * after
+                                         + jerking * after**2 / 2)
+        found = checked(rows, arrival_s=times)
+        assert (found.violated > 0) == wrong
+        assert found.worst['jerk elbow'] == pytest.approx(share, rel=1e-6)
+        assert 'jerk grip' not in found.worst
+
+
+def test_what_servo_does_by_itself_is_motion_until_it_halts():
+    checker = checked([HOME[1:]] * 3)
+    checker.take(['h', 9.0])
+    assert checker.moved['stream'] == 9.0 and checker.violated == 0
 
 
 def test_after_a_gap_positions_hold_and_a_rate_is_over():
@@ -134,4 +171,10 @@ def test_a_soak_that_grows_is_told_from_one_that_does_not():
                      'outside_limits': 0, 'failures': [], 'p99_ms_per_hour': flat,
                      'memory_mib_per_hour': trend})
     assert '(flat)' in words and '(grows)' in words
+    good = {'crashes': 0, 'outside_limits': 0, 'failures': [], 'p99_ms_per_hour': flat,
+            'memory_mib_per_hour': None}
+    assert not failed(good)
+    assert failed({**good, 'memory_mib_per_hour': trend})
+    for key, value in (('crashes', 1), ('outside_limits', 1), ('failures', [{}])):
+        assert failed({**good, key: value})
     assert slope(rows[:4], 'p99_ms') is None

@@ -445,6 +445,17 @@ def _stop(*_) -> None:
     raise KeyboardInterrupt
 
 
+def _spin(node: PolicyNode, executor: SingleThreadedExecutor) -> None:
+    """Spin until the executor ends, through what rclpy itself raises for a negative /clock."""
+    while True:
+        try:
+            return executor.spin()
+        except ValueError as error:
+            if not node.get_parameter('use_sim_time').value:
+                raise
+            node.get_logger().error(f'/clock: {error}', throttle_duration_sec=1.0)
+
+
 def main(argv=None) -> int:
     """Run the node until Ctrl-C or SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -455,7 +466,7 @@ def main(argv=None) -> int:
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     try:
-        executor.spin()
+        _spin(node, executor)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:

@@ -42,14 +42,16 @@ def line(outcome: Outcome) -> str:
     return '\n'.join([text, *(f'        {problem}' for problem in outcome.problems)])
 
 
-def document(outcomes: list[Outcome], worst: dict[str, float], seconds: float) -> dict:
-    """Return what is written as JSON."""
+def document(outcomes: list[Outcome], worst: dict[str, float], refused: dict[str, int],
+             seconds: float) -> dict:
+    """Return what is written as JSON; refused: messages by the controllers, and those lost."""
     return {'seconds': round(seconds), 'lifecycle_cycles': CYCLES,
             'commands': sum(outcome.commands for outcome in outcomes),
             'outside_limits': sum(outcome.outside_limits for outcome in outcomes),
             'failed': sum(bool(outcome.problems) for outcome in outcomes),
             'largest_share_of_limit': {name: round(value, 4)
                                        for name, value in sorted(worst.items())},
+            'refused': dict(sorted(refused.items())),
             'faults': [{key: round(value, 3) if isinstance(value, float) else value
                         for key, value in dataclasses.asdict(outcome).items()}
                        for outcome in outcomes]}
@@ -75,7 +77,7 @@ def main(argv=None) -> int:
         outcomes = run(graph, faults, lambda text: print(text, flush=True))
         worst = dict(graph.checker.worst)
         refused = dict(graph.checker.refused)
-    result = document(outcomes, worst, time.monotonic() - begin_s)
+    result = document(outcomes, worst, refused, time.monotonic() - begin_s)
     print(f'{len(outcomes)} faults, {result["failed"]} with another outcome than declared; '
           f'{result["outside_limits"]} of {result["commands"]} commands outside the limits; '
           f'refused by the controllers: {refused or "none"}; {result["seconds"]} s')

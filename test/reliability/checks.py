@@ -6,11 +6,12 @@ Written from the limits alone, without the guard's code; it reads the records of
 from __future__ import annotations
 
 from collections import Counter, deque
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from reliability.robot import (
-    ACCELERATION, CONTROL_RATE_HZ, DIMENSIONS, LOWER, UPPER, VELOCITY)
+    ACCELERATION, CONTROL_RATE_HZ, DIMENSIONS, JERK, LOWER, UPPER, VELOCITY)
 
 PERIOD_S = 1 / CONTROL_RATE_HZ
 ROUNDING = 1e-3         # share of a limit
@@ -18,6 +19,27 @@ STOOD_S = 5 * PERIOD_S  # without a command the controllers have held so long th
 LATE_S = 0.3            # a message may arrive
 STILL = 1e-9
 SET_POINT_ROOM = 1.5
+
+
+def _unknown() -> np.ndarray:
+    return np.full(len(DIMENSIONS) - 1, np.nan)
+
+
+@dataclass
+class _Command:
+    """A command of the stream and how it was moving: (3,), NaN where that is not known.
+
+    change, second: first and second differences over time. periods_s: the length of its period
+    and of the one before.
+    """
+
+    at: float
+    number: int
+    stamp_ns: int
+    values: np.ndarray
+    change: np.ndarray = field(default_factory=_unknown)
+    second: np.ndarray = field(default_factory=_unknown)
+    periods_s: tuple[float, float] = (0.0, 0.0)
 
 
 class Checker:
@@ -38,7 +60,7 @@ class Checker:
         self.worst: Counter[str] = Counter()
         self.simulated_time = False
         self._where = ''
-        self._before = None      # (arrival, number, stamp, values, changes, length of its period)
+        self._before: _Command | None = None
 
     def forget(self) -> None:
         """Begin anew: a new controller, or a node that knows nothing of before."""
@@ -53,6 +75,8 @@ class Checker:
             self._trajectory(at, *rest[1:])
         elif kind == 's':
             self._set_point(at, *rest)
+        elif kind == 'h':
+            self.moved['stream'] = at
         else:
             self.refused[rest[0]] += 1
 
@@ -77,32 +101,38 @@ class Checker:
         self.commands += 1
         self.last_command_s = at
         self._within(at, 'position', np.abs(_centred(values, which)), names)
-        before, self._before = self._before, (
-            at, number, stamp_ns, values, np.full(3, np.nan), 0.0)
-        if before is None or number != before[1] + 1:
+        before = self._before
+        now = self._before = _Command(at, number, stamp_ns, values)
+        if before is None or number != before.number + 1:
             self.refused['lost'] += before is not None
             self.moved['stream'] = at
             return
-        passed_s, gap_s = (stamp_ns - before[2]) / 1e9, at - before[0]
-        held, change_before, period_before = before[3:]
-        if passed_s == 0 and np.array_equal(values, held):
+        passed_s, gap_s = (stamp_ns - before.stamp_ns) / 1e9, at - before.at
+        if passed_s == 0 and np.array_equal(values, before.values):
             self._before = before         # simulated time has not gone on
             return
         self._where = f' ({gap_s:.4f} s after the last by arrival, {passed_s:.4f} s by stamp)'
         if self.simulated_time or abs(gap_s - passed_s) < LATE_S:
             gap_s = passed_s              # the clocks agree: stamps are the better measure
         if gap_s > STOOD_S or passed_s < 0:      # positions are held, and Servo has halted
-            held, change_before, period_before = held * [1, 1, 0], np.zeros(3), 0.0
+            before = _Command(before.at, before.number, before.stamp_ns,
+                              before.values * [1, 1, 0], np.zeros(3), np.zeros(3))
         period_s = passed_s if 0 < passed_s < PERIOD_S else PERIOD_S
-        change = (values - held) / period_s
-        if values[2] == 0:                # whoever says stop may have a rate end at once
-            change[2], change_before = 0.0, change_before * [1, 1, 0]
-        self._before = at, number, stamp_ns, values, change, period_s
-        self._within(at, 'velocity', np.abs(change) / VELOCITY[which], names)
-        if not np.isnan(change_before).any():     # known from the third command on
-            self._within(at, 'acceleration', 2 * np.abs(change - change_before)
-                         / (period_s + period_before) / ACCELERATION[which], names)
-        if np.abs(values - held).max() > STILL or abs(values[2]) > STILL:
+        whole_s = period_s + before.periods_s[0]
+        now.periods_s = period_s, before.periods_s[0]
+        now.change = (values - before.values) / period_s
+        stops = np.array([1, 1, values[2] != 0])  # who says stop may have a rate end at once
+        now.change, change_before = now.change * stops, before.change * stops
+        now.second = 2 * (now.change - change_before) / whole_s
+        jerk = 3 * (now.second - before.second * stops) / (whole_s + before.periods_s[1])
+        for what, of_this, limit in (('velocity', now.change, VELOCITY), (
+                'acceleration', now.second, ACCELERATION), ('jerk', jerk, JERK)):
+            if np.isnan(of_this).any():       # known from the second, third, fourth command on
+                continue
+            limited = np.isfinite(limit[which])
+            self._within(at, what, np.abs(of_this[limited]) / limit[which][limited],
+                         np.array(names)[limited])
+        if np.abs(values - before.values).max() > STILL or abs(values[2]) > STILL:
             self.moved['stream'] = at
 
     def _trajectory(self, at: float, times, positions, velocities) -> None:

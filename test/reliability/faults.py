@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from meanflow_ros.core.contract import MAX_INSTRUCTION_BYTES
-from reliability.graph import CLOCK, MODEL, PLAIN, Failed, Graph
-from reliability.robot import CAMERAS, DEADLINE_S, MAX_AGE_S, STOP_S
+from reliability.graph import (
+    CLOCK, COMPRESSED, HOLD, MODEL, NEUTRAL, PLAIN, Failed, Graph)
+from reliability.robot import CAMERAS, DEADLINE_S, INSTRUCTION, MAX_AGE_S, STOP_S
+from reliability.robot import NEUTRAL as NEUTRAL_COMMAND
 
 SLACK_S = 0.5                  # a busy computer, and the way to rest within the limits
 DEADLINE = DEADLINE_S + STOP_S + SLACK_S
 AT_ONCE = STOP_S + SLACK_S
+NEUTRAL_S = 2.5                # from anywhere to the neutral command
 PROCESS_S = 60.0               # Python and PyTorch start, on a busy computer
 URDF = '<robot name="r">' + ''.join(
     f'<joint name="{name}" type="revolute"><limit lower="{lower}" upper="{upper}" velocity="9"/>'
     f'</joint>' for name, lower, upper in (('shoulder', -1.5, 2), ('elbow', -1, 1))) + '</robot>'
+SLOW_URDF = URDF.replace('velocity="9"', 'velocity="0.4"')
 BOMB = '<!DOCTYPE r [<!ENTITY a "aaaa">]>' + URDF
 
 
@@ -48,12 +53,13 @@ class Fault:
     soak: bool = True
 
 
-def _tell(process: str, line: str) -> Callable[[Graph], None]:
-    return lambda graph: graph.tell(process, line)
+def _tell(process: str, *lines: str) -> Callable[[Graph], None]:
+    return lambda graph: [graph.tell(process, line) for line in lines]
 
 
 def _stream(stream: str, kind: str, stops=None, **more) -> Fault:
-    title = {'joints': 'joint states'}.get(stream, f'camera {stream}')
+    title = {'joints': 'joint states', 'clock': 'clock'}.get(
+        stream, 'camera ' + stream.replace('/', ', '))
     return Fault(name=f'{title}: {kind.replace("_", " ")}', begin=_tell('feeder',
                  f'{stream} {kind}'), end=_tell('feeder', f'{stream} ok'), stops=stops, **more)
 
@@ -84,6 +90,41 @@ def _camera(name: str) -> list[Fault]:
               end=_tell('feeder', f'{name} ok'))]
 
 
+def _compressed() -> list[Fault]:
+    topic = f'camera/{CAMERAS[0]}'
+
+    def jpeg(kind, words=None, **more):
+        return _stream(f'{CAMERAS[0]}/compressed', kind, words and (topic, words),
+                       node=COMPRESSED, soak=False, **more)
+
+    return [
+        jpeg('dropped', 'old'),
+        jpeg('frozen', 'identical', within_s=DEADLINE + MAX_AGE_S),
+        jpeg('flooded'),
+        jpeg('truncated', 'Invalid'),
+        jpeg('garbled', 'Invalid'),
+        jpeg('empty', 'must have 1 to'),
+        jpeg('truncated_JPEG', 'cannot be decoded'),
+        jpeg('garbled_JPEG', 'no header of a JPEG'),
+        jpeg('garbled_scan'),
+        jpeg('decompression_bomb', 'cap')]
+
+
+def _safe_actions() -> list[Fault]:
+    def dropped(action, **more):
+        return Fault(name=f'safe action {action}: camera {CAMERAS[0]} dropped',
+                     begin=_tell('feeder', f'{CAMERAS[0]} dropped'),
+                     stops=(f'camera/{CAMERAS[0]}', 'old'), node=action, soak=False, **more)
+
+    def at_neutral(graph: Graph) -> None:
+        graph.tell('feeder', f'{CAMERAS[0]} ok')
+        if abs(graph.elbow - NEUTRAL_COMMAND['elbow']) > 1e-6:
+            raise Failed(f'the elbow stands at {graph.elbow:.6f}, not at neutral')
+
+    return [dropped(HOLD, end=_tell('feeder', f'{CAMERAS[0]} ok')),
+            dropped(NEUTRAL, end=at_neutral, within_s=DEADLINE + NEUTRAL_S)]
+
+
 def _joints() -> list[Fault]:
     topic = 'joint_states'
     return [
@@ -110,33 +151,57 @@ def _joints() -> list[Fault]:
               end=_tell('feeder', 'joints ok'))]
 
 
-def _say(text: str) -> Callable[[Graph], None]:
-    import json
-    return _tell('feeder', f'say {json.dumps(text)}')
+def _say(text: str, stream: str = 'instruction') -> str:
+    return f'say {stream} {json.dumps(text)}'
+
+
+def _burst(stream: str, hz: int, *texts: str) -> Callable[[Graph], None]:
+    return _tell('feeder', f'burst {stream} {hz} {json.dumps(texts)}')
 
 
 def _instructions() -> list[Fault]:
-    good = _say('push the lever')
+    other = 'pull the lever'
+    good = _tell('feeder', 'instruction ok', _say(INSTRUCTION))
+    back = _tell('feeder', 'back instruction', _say(INSTRUCTION))
+    gone = _tell('feeder', 'gone instruction')
 
-    def hostile(name, begin, words, **more):
-        return Fault(name=f'instruction: {name}', begin=begin, end=good, within_s=DEADLINE,
-                     stops=('instruction', words), **more)
+    def hostile(name, line, words, **more):
+        return Fault(name=f'instruction: {name}', begin=_tell('feeder', line), end=good,
+                     within_s=DEADLINE, stops=('instruction', words), **more)
+
+    def broken(kind, *texts, stops=None):
+        return Fault(name=f'instruction: {kind}', end=good, stops=stops, begin=_tell(
+            'feeder', f'instruction {kind}', *map(_say, texts)))
+
+    def gone_for_good(graph: Graph) -> None:
+        gone(graph)
+        _transitions(*AGAIN)(graph)
 
     garbled = (b'\0\1\0\0' + b'\xff' * 12).hex()
     invalid = (b'\0\1\0\0' + (7).to_bytes(4, 'little') + b'pu\xff\xfesh\0').hex()
     return [
-        Fault(name='instruction: another one', begin=_say('pull the lever'), end=good),
-        Fault(name='instruction: the same again, 30 a second', begin=lambda graph: [
-            graph.tell('feeder', 'say "push the lever"') or time.sleep(1 / 30)
-            for _ in range(40)]),
-        Fault(name='instruction: a burst, 30 a second', begin=_tell('feeder', 'burst 30'),
-              end=_tell('feeder', 'burst 0')),
-        Fault(name='instruction: flooded, 300 a second', begin=_tell('feeder', 'burst 300'),
-              end=_tell('feeder', 'burst 0'), stops=('instruction',)),
+        Fault(name='instruction: another one', begin=_tell('feeder', _say(other)), end=good),
+        broken('dropped', other),         # nobody knows that there was one: the last one counts
+        broken('delayed', other),
+        broken('duplicated', other),
+        broken('reordered', other, INSTRUCTION),
+        broken('frozen', INSTRUCTION, other),
+        broken('truncated', other, stops=('instruction', 'not a std_msgs')),
+        Fault(name='instruction: publisher gone', begin=gone, end=back),
+        Fault(name='instruction: publisher gone, node configured anew', begin=gone_for_good,
+              end=back, stops=('instruction', 'none has been received'),
+              within_s=AT_ONCE, recovers_s=5.0),
+        Fault(name='instruction: the same again, 30 a second',
+              begin=_burst('instruction', 30, INSTRUCTION), end=_burst('instruction', 0)),
+        Fault(name='instruction: a burst, 30 a second',
+              begin=_burst('instruction', 30, INSTRUCTION, other), end=_burst('instruction', 0)),
+        Fault(name='instruction: flooded, 300 a second',
+              begin=_burst('instruction', 300, INSTRUCTION, other),
+              end=_burst('instruction', 0), stops=('instruction',)),
         hostile('empty', _say(''), 'empty'),
         hostile('64 kB', _say('a' * 65536), str(MAX_INSTRUCTION_BYTES), short=True),
-        hostile('invalid UTF-8', _tell('feeder', f'say_bytes {invalid}'), 'UTF-8'),
-        hostile('garbled bytes', _tell('feeder', f'say_bytes {garbled}'), 'not a std_msgs')]
+        hostile('invalid UTF-8', f'bytes instruction {invalid}', 'UTF-8'),
+        hostile('garbled bytes', f'bytes instruction {garbled}', 'not a std_msgs')]
 
 
 def _models() -> list[Fault]:
@@ -163,14 +228,31 @@ def _models() -> list[Fault]:
 
 def _clocks() -> list[Fault]:
     def clock(name, line, words, **more):
-        return Fault(name=f'clock: {name}', begin=_tell('feeder', f'clock {line}'), stops=words,
+        return Fault(name=f'clock: {name}', begin=_tell('feeder', f'time {line}'), stops=words,
                      node=CLOCK, soak=False, **more)
 
+    def topic(kind, words=None, **more):
+        return _stream('clock', kind, words, node=CLOCK, soak=False, **more)
+
+    def reordered(graph: Graph) -> None:
+        graph.tell('feeder', 'clock reordered')
+        time.sleep(0.5)
+        graph.tell('feeder', 'clock ok')
+
     return [
+        topic('dropped', ('the clock stands',)),
+        topic('delayed', ('camera', 'in the future')),
+        topic('duplicated'),
+        Fault(name='clock: reordered for half a second', begin=reordered, node=CLOCK, soak=False),
+        topic('frozen', ('the clock stands',)),
+        topic('flooded'),
+        topic('truncated', ('the clock stands',)),
+        topic('garbled', ('the clock stands',)),
+        topic('near_zero', ('clock jump',)),
         clock('10 s forward', '10', None),
         clock('10 s backward', '-10', None),
         clock('1 ms backward', '-0.001', None),
-        clock('stops', 'stop', ('clock',), end=_tell('feeder', 'clock go'),
+        clock('stops', 'stop', ('clock',), end=_tell('feeder', 'time go'),
               within_s=DEADLINE + 1.0)]
 
 
@@ -186,6 +268,9 @@ def _terminate(graph: Graph) -> None:
     took_s = graph.kill('node', signal.SIGTERM)
     if took_s > 4:
         raise Failed(f'the node took {took_s:.1f} s to end: launch kills after 5')
+
+
+AGAIN = ('deactivate', 'cleanup', 'configure', 'activate')
 
 
 def _transitions(*names: str) -> Callable[[Graph], None]:
@@ -244,8 +329,7 @@ def _parameters() -> list[Fault]:
 
 def _reconfigured_while_stopped(graph: Graph) -> None:
     graph.switch('estop', True)
-    for name in ('deactivate', 'cleanup', 'configure', 'activate'):
-        graph.transition(name)
+    _transitions(*AGAIN)(graph)
 
 
 def _switches() -> list[Fault]:
@@ -263,15 +347,37 @@ def _switches() -> list[Fault]:
 
 
 def _descriptions() -> list[Fault]:
-    import json
-    good = _tell('feeder', f'describe {json.dumps(URDF)}')
+    good = _tell('feeder', 'description ok', _say(URDF, 'description'))
 
-    def description(name, text, words, **more):
+    def description(name, text, words=None, **more):
         return Fault(name=f'robot description: {name}', end=good, stops=words, within_s=DEADLINE,
-                     begin=_tell('feeder', f'describe {json.dumps(text)}'), soak=False, **more)
+                     begin=_tell('feeder', _say(text, 'description')), soak=False, **more)
+
+    def broken(kind, *texts, stops=None):
+        return Fault(name=f'robot description: {kind}', end=good, stops=stops, soak=False,
+                     begin=_tell('feeder', f'description {kind}', *(
+                         _say(text, 'description') for text in texts)))
+
+    def burst(name, hz, *texts, stops=None):
+        return Fault(name=f'robot description: {name}, {hz} a second', soak=False, stops=stops,
+                     begin=_burst('description', hz, *texts), end=lambda graph: [
+                         graph.tell('feeder', 'burst description 0 []'), good(graph)])
 
     return [
         Fault(name='robot description: a good one', begin=good),
+        description('a second valid one mid-chunk', SLOW_URDF),
+        broken('dropped', SLOW_URDF),     # the limits of the last one stay
+        broken('delayed', SLOW_URDF),
+        broken('duplicated', SLOW_URDF),
+        broken('reordered', SLOW_URDF, URDF),
+        broken('frozen', URDF, SLOW_URDF),
+        broken('truncated', SLOW_URDF, stops=('robot_description', 'not a std_msgs')),
+        broken('garbled', SLOW_URDF, stops=('robot_description',)),
+        burst('flooded', 300, URDF),
+        burst('two in turn', 30, URDF, SLOW_URDF, stops=('robot_description',)),
+        Fault(name='robot description: publisher gone', begin=_tell('feeder', 'gone description'),
+              end=lambda graph: [graph.tell('feeder', 'back description'), good(graph)],
+              soak=False),
         description('no XML', 'robot?', ('robot_description', 'no XML')),
         description('entities', BOMB, ('robot_description', 'entities')),
         description('a joint is missing', URDF.replace('elbow', 'knee'), ('elbow',)),
@@ -285,8 +391,7 @@ CYCLES = 1000
 
 def _lifecycle_cycles(graph: Graph) -> None:
     for _ in range(CYCLES):
-        for name in ('deactivate', 'cleanup', 'configure', 'activate'):
-            graph.transition(name)
+        _transitions(*AGAIN)(graph)
 
 
 def all_faults() -> list[Fault]:
@@ -295,4 +400,4 @@ def all_faults() -> list[Fault]:
             *_parameters(), *_switches(), *_descriptions(), *_processes(),
             Fault(name=f'lifecycle: {CYCLES} cycles', begin=_lifecycle_cycles, soak=False,
                   seconds=0.5),
-            *_models(), *_clocks()]
+            *_models(), *_compressed(), *_safe_actions(), *_clocks()]

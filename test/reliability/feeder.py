@@ -1,7 +1,9 @@
 """Process: two cameras, joint states and an instruction at 30 Hz, and the faults of each.
 
-Lines on stdin: `STREAM FAULT` (streams.py), `STREAM ok`, `clock SECONDS` (a jump), `clock stop`,
-`clock go`, `say JSON`, `burst HZ`, `second STREAM` (another publisher), `describe JSON`.
+Lines on stdin: `STREAM FAULT` (streams.py), `STREAM ok`, `time SECONDS` (a jump), `time stop`,
+`time go`, `say STREAM JSON` (a text), `bytes STREAM HEX`, `burst STREAM HZ JSON` (texts in turn;
+0 ends it), `second STREAM` (another publisher), `gone STREAM` (no publisher), `back STREAM`.
+Pictures are compressed only while somebody subscribes to that.
 """
 
 from __future__ import annotations
@@ -20,16 +22,28 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rosgraph_msgs.msg import Clock
-from sensor_msgs.msg import Image, JointState
+from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 
 from meanflow_ros.ros import to_messages
-from reliability.robot import CAMERAS, HEIGHT, LOAD, STATES, WIDTH
-from reliability.streams import JOINTS, PICTURES
+from reliability.robot import CAMERAS, HEIGHT, INSTRUCTION, LOAD, STATES, WIDTH
+from reliability.streams import FAULTS, compressed
 
 CLOCK_PERIOD_S = 0.01
-LATCHED = QoSProfile(depth=10, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-INSTRUCTIONS = ('push the lever', 'pull the lever')
+
+
+def _latched(depth: int) -> QoSProfile:
+    return QoSProfile(depth=depth, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+
+
+TOPICS = {
+    'joints': (JointState, 'joint_states', qos_profile_sensor_data),
+    'clock': (Clock, '/clock', 10),
+    'instruction': (String, 'instruction', _latched(10)),
+    'description': (String, 'robot_description', _latched(1)),
+    **{name: (Image, f'camera/{name}/image_raw', qos_profile_sensor_data) for name in CAMERAS},
+    **{f'{name}/compressed': (CompressedImage, f'camera/{name}/image_raw/compressed',
+                              qos_profile_sensor_data) for name in CAMERAS}}
 
 
 class Feeder:
@@ -37,14 +51,8 @@ class Feeder:
 
     def __init__(self, node: Node, period_s: float):
         self._node, self._period_s = node, period_s
-        self._publishers = {name: node.create_publisher(
-            Image, f'camera/{name}/image_raw', qos_profile_sensor_data) for name in CAMERAS}
-        self._publishers['joints'] = node.create_publisher(
-            JointState, 'joint_states', qos_profile_sensor_data)
-        self._clock = node.create_publisher(Clock, '/clock', 10)
-        self._instruction = node.create_publisher(String, 'instruction', LATCHED)
-        self._description = node.create_publisher(String, 'robot_description', QoSProfile(
-            depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL))
+        self._publishers = {name: node.create_publisher(*topic)
+                            for name, topic in TOPICS.items()}
         node.create_subscription(JointState, 'robot/state', self._on_state,
                                  qos_profile_sensor_data)
         self._random = np.random.default_rng(17)
@@ -53,10 +61,11 @@ class Feeder:
         self._seconds: dict = {}      # stream -> another publisher of its topic
         self._later: list = []        # (when, order, publisher, message)
         self._order = itertools.count()
-        self._offset_ns, self._stopped_ns, self._burst_hz = 0, None, 0.0
+        self._offset_ns, self._stopped_ns = 0, None
+        self._burst_hz, self._burst = 0.0, ('', [])     # stream and texts
         self._lines: deque[str] = deque()
         threading.Thread(target=self._listen, daemon=True).start()
-        self._instruction.publish(String(data=INSTRUCTIONS[0]))
+        self._say('instruction', INSTRUCTION)
 
     def run(self, executor) -> None:
         """Publish until stdin ends."""
@@ -72,13 +81,18 @@ class Feeder:
             now = time.monotonic()
             for act, at in due.items():
                 if now >= at:
+                    self._catch_up()
                     act()
                     due[act] = max(at + periods[act](), now - 0.1)
-            while self._later and self._later[0][0] <= now:
-                _, _, publisher, message = heapq.heappop(self._later)
-                publisher.publish(message)
+            self._catch_up()
             wake = min([*due.values(), *(entry[0] for entry in self._later[:1])])
             executor.spin_once(timeout_sec=max(0.0, wake - time.monotonic()))
+
+    def _catch_up(self) -> None:
+        """Publish what comes late and is due by now."""
+        while self._later and self._later[0][0] <= time.monotonic():
+            _, _, publisher, message = heapq.heappop(self._later)
+            publisher.publish(message)
 
     def _listen(self) -> None:
         for line in sys.stdin:
@@ -86,31 +100,39 @@ class Feeder:
         self._lines.append('')
 
     def _do(self, word: str, rest: str = '') -> None:
-        if word == 'clock':
-            self._change_clock(rest)
+        stream, _, more = rest.partition(' ')
+        if word == 'time':
+            self._change_time(rest)
         elif word == 'say':
-            self._instruction.publish(String(data=json.loads(rest)))
-        elif word == 'say_bytes':
-            self._instruction.publish(bytes.fromhex(rest))
+            self._say(stream, json.loads(more))
+        elif word == 'bytes':
+            self._publishers[stream].publish(bytes.fromhex(more))
         elif word == 'burst':
-            self._burst_hz = float(rest)
-        elif word == 'describe':
-            self._description.publish(String(data=json.loads(rest)))
+            hz, _, texts = more.partition(' ')
+            self._burst_hz, self._burst = float(hz), (stream, json.loads(texts))
         elif word == 'second':
-            first = self._publishers[rest]
-            self._seconds[rest] = self._node.create_publisher(
-                first.msg_type, first.topic_name, qos_profile_sensor_data)
+            self._seconds[stream] = self._node.create_publisher(*TOPICS[stream])
+        elif word == 'gone':
+            self._end(self._publishers.pop(stream))
+        elif word == 'back':
+            self._publishers[stream] = self._node.create_publisher(*TOPICS[stream])
         elif rest == 'ok':
             self._faults.pop(word, None)
             if word in self._seconds:
-                ended = self._seconds.pop(word)
-                self._later = [entry for entry in self._later if entry[2] is not ended]
-                heapq.heapify(self._later)
-                self._node.destroy_publisher(ended)
+                self._end(self._seconds.pop(word))
         else:
-            self._faults[word] = (JOINTS if word == 'joints' else PICTURES)[rest], {}
+            self._faults[word] = FAULTS[word][rest], {
+                'period_s': CLOCK_PERIOD_S if word == 'clock' else self._period_s}
 
-    def _change_clock(self, rest: str) -> None:
+    def _end(self, publisher) -> None:
+        self._later = [entry for entry in self._later if entry[2] is not publisher]
+        heapq.heapify(self._later)
+        self._node.destroy_publisher(publisher)
+
+    def _say(self, stream: str, text: str) -> None:
+        self._send(stream, String(data=text))
+
+    def _change_time(self, rest: str) -> None:
         if rest == 'stop':
             self._stopped_ns = self._now_ns()
         elif rest == 'go':
@@ -129,7 +151,10 @@ class Feeder:
         if self._state is not None:
             self._send('joints', self._joint_state(stamp_ns))
         for name in CAMERAS:
-            self._send(name, self._picture(stamp_ns))
+            picture = self._picture(stamp_ns)
+            self._send(name, picture)
+            if self._publishers[f'{name}/compressed'].get_subscription_count():
+                self._send(f'{name}/compressed', compressed(picture))
         for name in self._seconds:
             later = stamp_ns + 7_000_000     # a publisher of its own rhythm, a robot near
             message = (self._picture(later) if name in CAMERAS else
@@ -149,11 +174,12 @@ class Feeder:
                                      message))
 
     def _tick(self) -> None:
-        self._clock.publish(Clock(clock=to_messages.time(self._now_ns())))
+        self._send('clock', Clock(clock=to_messages.time(self._now_ns())))
 
     def _speak(self) -> None:
+        stream, texts = self._burst
         if self._burst_hz:
-            self._instruction.publish(String(data=INSTRUCTIONS[next(self._order) % 2]))
+            self._say(stream, texts[next(self._order) % len(texts)])
 
     def _picture(self, stamp_ns: int) -> Image:
         pixels = self._random.integers(0, 256, HEIGHT * WIDTH * 3, dtype=np.uint8)

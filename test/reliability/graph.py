@@ -38,6 +38,7 @@ TEST = Path(__file__).resolve().parent.parent
 NODE = 'meanflow_policy'
 TRANSITIONS = {'configure': 1, 'cleanup': 2, 'activate': 3, 'deactivate': 4}
 PLAIN, MODEL, CLOCK = 'plain', 'model', 'clock'   # variants of the node
+COMPRESSED, HOLD, NEUTRAL = 'compressed', 'hold', 'neutral'
 START_S = 120.0
 CALL_S = 10.0
 _PR_SET_PDEATHSIG = 1
@@ -78,7 +79,8 @@ class Graph:
         self._clients: dict = {}
         out.mkdir(parents=True, exist_ok=True)
         self._checkpoint = write_checkpoint(out / 'checkpoint')
-        self._motion = write_motion(out / 'motion.yaml')
+        self._motions = {action: write_motion(out / f'{action}.yaml', action)
+                         for action in ('decelerate', HOLD, NEUTRAL)}
 
     def __enter__(self) -> Graph:
         self._context = rclpy.Context()
@@ -116,15 +118,21 @@ class Graph:
             return
         if self.alive('node'):
             self.kill('node', signal.SIGTERM)
-        parameters = {**PARAMETERS, 'checkpoint': str(self._checkpoint),
-                      'motion': str(self._motion), 'use_sim_time': variant == CLOCK}
+        if (variant == CLOCK) != (self.variant == CLOCK):
+            self.kill('controller', signal.SIGKILL)
+        self.variant = variant
+        if not self.alive('controller'):
+            self.start_controller()
+        motion = self._motions.get(variant, self._motions['decelerate'])
+        parameters = {**PARAMETERS, 'checkpoint': str(self._checkpoint), 'motion': str(motion),
+                      'use_sim_time': variant == CLOCK,
+                      'image_transport': 'compressed' if variant == COMPRESSED else 'raw'}
         arguments = [word for name, value in parameters.items()
                      for word in ('-p', f'{name}:={json.dumps(value)}')]
         module = 'reliability.faulty_node' if variant == MODEL else 'meanflow_ros.ros.policy_node'
         self.checker.forget()
         self.checker.simulated_time = variant == CLOCK
         self._start('node', '-m', module, '--ros-args', *arguments)
-        self.variant = variant
 
     def start_feeder(self) -> None:
         """Run the inputs."""
@@ -134,7 +142,7 @@ class Graph:
         """Run the controllers, from where the robot stands."""
         self.checker.forget()
         process = self._start('controller', '-m', 'reliability.controller', str(self.shoulder),
-                              str(self.elbow))
+                              str(self.elbow), *['simulated'] * (self.variant == CLOCK))
         threading.Thread(target=self._record, args=(process,), daemon=True).start()
 
     def revive(self) -> None:

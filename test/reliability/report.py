@@ -23,9 +23,12 @@ def campaign_table(result: dict) -> str:
     """Return the table of the faults."""
     faults = result['faults']
     rests = [fault['rest_s'] for fault in faults if fault['rest_s'] is not None]
+    shares = result['largest_share_of_limit']
+    most = max(shares, key=shares.get)
     lines = [f'{len(faults)} kinds of fault, {result["failed"]} with another outcome than '
              f'declared; {result["outside_limits"]} of {result["commands"]} commands outside the '
-             f'limits; at rest after {max(rests):.2f} s at most.', '',
+             f'limits; at rest after {max(rests):.2f} s at most. Largest share of a limit that '
+             f'was seen: {shares[most]:.3f} ({most}).', '',
              '| fault | expected | outside the limits | at rest after, s | reason told after, s | '
              'moves again after, s | memory, MiB |', '|---|---|---|---|---|---|---|']
     for fault in faults:

@@ -19,6 +19,9 @@ LOWER = np.array([-1.27, -0.37, 0.0021, -0.83])
 UPPER = np.array([1.71, 0.91, 0.0133, 0.61])
 VELOCITY = np.array([1.1, 0.53, 0.017, 2.3])      # of turn: how fast the rate may change
 ACCELERATION = np.array([7.0, 4.1, 0.29, 19.0])
+JERK = np.array([np.inf, 67.0, np.inf, np.inf])
+NEUTRAL = {'shoulder': 0.3, 'elbow': 0.2, 'grip': 0.007, 'turn': 0.0}
+INSTRUCTION = 'push the lever'
 HOME = {'shoulder': 0.2, 'elbow': 0.1}
 CONTROL_RATE_HZ = 50.0
 MAX_AGE_S, DEADLINE_S, STOP_S = 0.3, 0.4, 0.3
@@ -27,17 +30,20 @@ TOPICS = {'trajectory': 'arm/joint_trajectory', 'forward': 'elbow/commands',
 PARAMETERS = {'threads': 1, 'max_age_s': MAX_AGE_S, 'max_skew_s': 0.1, 'autostart': True}
 
 
-def write_motion(path: Path) -> Path:
+def write_motion(path: Path, safe_action: str = 'decelerate') -> Path:
     """Write the motion file."""
     def named(values):
-        return dict(zip(DIMENSIONS, values.tolist()))
+        return {name: value for name, value in zip(DIMENSIONS, values.tolist())
+                if np.isfinite(value)}
 
     path.write_text(yaml.safe_dump({
-        'control_rate_hz': CONTROL_RATE_HZ, 'safe_action': 'decelerate', 'stop_s': STOP_S,
-        'deadline_s': DEADLINE_S,
-        'limits': {'velocity': named(VELOCITY), 'acceleration': named(ACCELERATION)},
+        'control_rate_hz': CONTROL_RATE_HZ, 'safe_action': safe_action, 'stop_s': STOP_S,
+        'deadline_s': DEADLINE_S, 'neutral': NEUTRAL,
+        'limits': {'velocity': named(VELOCITY), 'acceleration': named(ACCELERATION),
+                   'jerk': named(JERK)},
         'first_step': {'shoulder': 0.05, 'elbow': 0.05},
-        'remedies': {kind: 'clamp' for kind in ('velocity', 'acceleration', 'first_step')},
+        'remedies': {kind: 'clamp' for kind in ('velocity', 'acceleration', 'jerk',
+                                                'first_step')},
         'outputs': [
             {'type': 'joint_trajectory', 'topic': TOPICS['trajectory'],
              'dimensions': ['shoulder']},

@@ -92,8 +92,13 @@ def slope(rows: list[dict], key: str) -> dict | None:
             'mean': round(float(values.mean()), 3)}
 
 
+def grows(trend: dict) -> bool:
+    """Whether a slope is beyond twice its standard error."""
+    return trend['slope'] > 2 * trend['error']
+
+
 def verdict(result: dict) -> str:
-    """Return in words whether anything grew: beyond twice the standard error of its slope."""
+    """Return in words what came of it, and whether anything grew."""
     words = [f'{result["minutes"]:g} minutes, {result["faults"]} faults, {result["crashes"]} '
              f'crashes, {result["outside_limits"]} of {result["commands"]} commands outside the '
              f'limits, {len(result["failures"])} faults with another outcome than declared']
@@ -102,10 +107,16 @@ def verdict(result: dict) -> str:
                                    'hour around {:.1f}')):
         if result[key]:
             trend = result[key]
-            grows = trend['slope'] > 2 * trend['error']
             words.append(unit.format(trend['slope'], trend['error'], trend['mean'])
-                         + (' (grows)' if grows else ' (flat)'))
+                         + (' (grows)' if grows(trend) else ' (flat)'))
     return '; '.join(words)
+
+
+def failed(result: dict) -> bool:
+    """Whether there was a crash, another outcome than declared, a broken limit, or growth."""
+    return bool(result['crashes'] or result['outside_limits'] or result['failures']
+                or any(result[key] and grows(result[key])
+                       for key in ('p99_ms_per_hour', 'memory_mib_per_hour')))
 
 
 def plot(result: dict, path: Path) -> None:
@@ -127,7 +138,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def main(argv=None) -> int:
-    """Run the soak; the exit status is 1 after a crash or a command outside the limits."""
+    """Run the soak; the exit status is 1 if it has `failed`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--minutes', type=float, default=60.0)
     parser.add_argument('--rate', type=float, default=30.0, help='of pictures, Hz')
@@ -145,7 +156,7 @@ def main(argv=None) -> int:
         arguments.out.write_text(json.dumps(result, indent=1) + '\n')
     if arguments.plot:
         plot(result, arguments.plot)
-    return int(result['crashes'] > 0 or result['outside_limits'] > 0)
+    return int(failed(result))
 
 
 if __name__ == '__main__':

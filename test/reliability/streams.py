@@ -1,7 +1,7 @@
 """How a stream of messages goes wrong: functions from a message to what is published in its place.
 
-Each takes the message and a dict of its own, which is empty when the fault begins, and returns
-pairs (delay in seconds, message or its bytes).
+Each takes the message and a dict of its own, which holds only the stream's `period_s` when the
+fault begins, and returns pairs (delay in seconds, message or its bytes).
 """
 
 from __future__ import annotations
@@ -9,22 +9,26 @@ from __future__ import annotations
 import copy
 import math
 
+import cv2
+import numpy as np
 from rclpy.serialization import serialize_message
 
 from meanflow_ros.ros import to_messages
 from meanflow_ros.ros.from_messages import time_ns
-from sensor_msgs.msg import Image, JointState
+from reliability.robot import CAMERAS
+from sensor_msgs.msg import CompressedImage, Image, JointState
 
 FLOOD = 10
-PERIOD_S = 1 / 30
 
 
 def restamped(message, add_ns: int):
-    """Return a copy with a later stamp; what has no header stays as it is."""
+    """Return a copy with a later stamp, or clock; what has none stays as it is."""
     other = copy.copy(message)
     if hasattr(message, 'header'):
         other.header = copy.deepcopy(message.header)
         other.header.stamp = to_messages.time(max(0, time_ns(message.header.stamp) + add_ns))
+    elif hasattr(message, 'clock'):
+        other.clock = to_messages.time(max(0, time_ns(message.clock) + add_ns))
     return other
 
 
@@ -52,14 +56,17 @@ def lossy(message, memory):
     return [(0.0, message)] if memory['n'] % 3 == 0 else []
 
 
-def delayed(message, memory):
-    """Send a second late, with the stamp of now."""
-    return [(1.0, message)]
+def late(seconds):
+    """Send so late, with the stamp of now."""
+    return lambda message, memory: [(seconds, message)]
+
+
+delayed = late(1.0)
 
 
 def duplicated(message, memory):
     """Send everything twice, the second time half a period later."""
-    return [(0.0, message), (PERIOD_S / 2, message)]
+    return [(0.0, message), (memory['period_s'] / 2, message)]
 
 
 def reordered(message, memory):
@@ -67,7 +74,7 @@ def reordered(message, memory):
     if 'held' not in memory:
         memory['held'] = message
         return []
-    return [(0.0, message), (PERIOD_S / 2, memory.pop('held'))]
+    return [(0.0, message), (memory['period_s'] / 2, memory.pop('held'))]
 
 
 def frozen(message, memory):
@@ -85,7 +92,7 @@ def repeating(message, memory):
 
 def flooded(message, memory):
     """Send at ten times the rate, each with a stamp of its own."""
-    step_s = PERIOD_S / FLOOD
+    step_s = memory['period_s'] / FLOOD
     return [(i * step_s, restamped(message, round(i * step_s * 1e9))) for i in range(FLOOD)]
 
 
@@ -101,10 +108,51 @@ def garbled(message, memory):
     return [(0.0, data[:4] + b'\xff' * (len(data) - 4))]
 
 
-PICTURES = {
+def jpeg(edit):
+    """Turn a function from a JPEG's bytes to others into a fault."""
+    return one(lambda m: changed(m, data=edit(bytes(m.data))))
+
+
+def _garbled_scan(data: bytes) -> bytes:
+    """Return a JPEG of good headers and enough noise, without a marker in it."""
+    begin = data.index(b'\xff\xda') + 14
+    return data[:begin] + _noise.bytes(2 * len(data)).replace(b'\xff', b'\xfe') + b'\xff\xd9'
+
+
+def _bomb(data: bytes) -> bytes:
+    """Return a JPEG that declares 65500 x 65500 pixels, 13 GB when it is decoded."""
+    frame = data.index(b'\xff\xc0')
+    return data[:frame + 5] + 2 * (65500).to_bytes(2, 'big') + data[frame + 9:]
+
+
+def compressed(picture) -> CompressedImage:
+    """Return an Image as JPEG."""
+    pixels = np.frombuffer(picture.data, np.uint8).reshape(picture.height, picture.width, 3)
+    return CompressedImage(header=picture.header, format='rgb8; jpeg compressed bgr8',
+                           data=cv2.imencode('.jpg', pixels[..., ::-1])[1].tobytes())
+
+
+_noise = np.random.default_rng(29)
+ANY = {
     'dropped': dropped, 'lossy': lossy, 'delayed': delayed, 'duplicated': duplicated,
     'reordered': reordered, 'frozen': frozen, 'repeating': repeating, 'flooded': flooded,
-    'truncated': truncated, 'garbled': garbled,
+    'truncated': truncated, 'garbled': garbled}
+
+COMPRESSED = {
+    **ANY,
+    'empty': one(lambda m: CompressedImage(header=m.header)),
+    'truncated_JPEG': jpeg(lambda data: data[:len(data) // 2]),
+    'garbled_JPEG': jpeg(lambda data: _noise.bytes(len(data))),
+    'garbled_scan': jpeg(_garbled_scan),
+    'decompression_bomb': jpeg(_bomb),
+}
+
+CLOCK = {     # garbled, it is a negative time
+    **ANY, 'delayed': late(0.6),
+    'near_zero': one(lambda m: type(m)(clock=type(m.clock)(sec=3)))}
+
+PICTURES = {
+    **ANY,
     'empty': one(lambda m: Image()),
     'wrong_size': one(lambda m: changed(m, height=7, width=640, step=1920,
                                              data=(2 * bytes(m.data))[:13440])),
@@ -116,9 +164,7 @@ PICTURES = {
 }
 
 JOINTS = {
-    'dropped': dropped, 'lossy': lossy, 'delayed': delayed, 'duplicated': duplicated,
-    'reordered': reordered, 'frozen': frozen, 'repeating': repeating, 'flooded': flooded,
-    'truncated': truncated, 'garbled': garbled,
+    **ANY,
     'empty': one(lambda m: JointState()),
     'nan': one(lambda m: changed(m, position=[*m.position[:-1], math.nan])),
     'infinite': one(lambda m: changed(m, position=[-math.inf, *m.position[1:]])),
@@ -144,3 +190,7 @@ def a_million_names(message, memory):
 
 
 JOINTS['a_million_names'] = a_million_names
+
+FAULTS = {'joints': JOINTS, 'instruction': ANY, 'description': ANY, 'clock': CLOCK,
+          **dict.fromkeys(CAMERAS, PICTURES),
+          **{f'{name}/compressed': COMPRESSED for name in CAMERAS}}

@@ -32,11 +32,17 @@ class Outcome:
     problems: tuple[str, ...]
 
 
+def _moves(graph: Graph, since_s: float) -> bool:
+    if not graph.alive('node'):
+        raise Failed(f'the node has ended: {graph.log("node")}')
+    return graph.moving(since_s)
+
+
 def prepare(graph: Graph, fault: Fault) -> None:
     """Have the fault's variant of the node run, and the robot move."""
     graph.start_node(fault.node)
     since_s = time.monotonic()
-    until(lambda: graph.moving(since_s), lambda: f'motion before the fault {fault.name!r} '
+    until(lambda: _moves(graph, since_s), lambda: f'motion before the fault {fault.name!r} '
           f'({graph.said(since_s)[-3:]}, log: {graph.log("node")})', START_S)
 
 
@@ -66,7 +72,7 @@ def attempt(graph: Graph, fault: Fault) -> Outcome:
     end_s = time.monotonic()
     try:
         fault.end(graph)
-        until(lambda: graph.moving(end_s), lambda: f'motion after the fault '
+        until(lambda: _moves(graph, end_s), lambda: f'motion after the fault '
               f'({graph.said(end_s)[-3:]}, log: {graph.log("node")})', START_S)
         recovered_s = time.monotonic() - end_s
         if recovered_s > fault.recovers_s:
@@ -80,7 +86,7 @@ def attempt(graph: Graph, fault: Fault) -> Outcome:
     if outside:
         problems.append(f'{outside} commands outside the limits, the last: '
                         f'{list(checker.violations)[-3:]}')
-    same = graph._processes.get('node') is process
+    same = graph._processes.get('node') is process and graph.alive('node')
     growth_mib = graph.memory_mib() - memory if same else None
     if growth_mib is not None and growth_mib > fault.grows_mib:
         problems.append(f'the memory grew by {growth_mib:.1f} MiB')
