@@ -379,6 +379,15 @@ def test_a_target_that_moves_away_is_met_as_soon_as_possible_without_a_step_back
     assert np.abs(np.diff(commands, 2)).max() <= acceleration * period_s**2 * (1 + 1e-9)
 
 
+@pytest.mark.parametrize('acceleration', [1.6, -1.6])
+def test_a_stop_stays_within_the_limits_however_long_it_is_followed(acceleration):
+    limits = Limits(names=('g',), lower=[11.5], upper=[12.25], velocity=[np.inf],
+                    acceleration=[1.6], jerk=[1200.0])
+    limiter = Limiter(limits, np.array([12.2328318]))
+    limiter.move(limiter.position, np.zeros(1), np.array([acceleration]))
+    assert 11.5 <= limiter.step(None, 6.3e9)[0] <= 12.25       # 200 years
+
+
 def test_a_dimension_without_limits_of_change_follows_at_once():
     assert streamed([np.array([0.0, 0.0, 0.0, 2.5])])[1, 3] == 2.5
 

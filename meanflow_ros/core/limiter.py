@@ -84,6 +84,8 @@ class Limiter:
             safe = self._can_stop(moved)
             chosen = tuple(np.where(safe, ours, theirs) for ours, theirs in zip(moved, stopped))
             chosen[0][self._free] = target[self._free]
+        # Rounding leads beyond a limit; in a stop it grows with the time for which it is followed.
+        np.clip(chosen[0], self._limits.lower, self._limits.upper, out=chosen[0])
         for values in chosen[1:]:
             values[self._free] = 0.0
         self._state = chosen
