@@ -14,11 +14,11 @@ ROS_PYTHON := $(if $(ROS_DISTRO),$(shell for python in $(PYTHONS); do \
     "$$python" -c 'import rclpy' 2>/dev/null && echo "$$python" && break; done))
 ifeq ($(ROS_PYTHON),)
 ROS := wheels
-EXTRAS := ros,sim,train,lerobot,ray,test
+EXTRAS := ros,sim,train,lerobot,test
 unexport PYTHONPATH AMENT_PREFIX_PATH CMAKE_PREFIX_PATH COLCON_PREFIX_PATH ROS_DISTRO
 else
 ROS := $(ROS_DISTRO)
-EXTRAS := sim,train,lerobot,ray,test
+EXTRAS := sim,train,lerobot,test
 PYTHONS := $(ROS_PYTHON)
 endif
 
