@@ -48,12 +48,15 @@ class CompiledParts:
 
 
 def keep_compiled_in(cache: Path) -> None:
-    """Keep what is compiled from start to start, in a directory that the environment may name.
+    """Keep what is compiled from start to start, where the environment names no directories.
 
     What is kept there is run. So it does not lie beside the checkpoint, where it could come out of
     somebody's archive, and ValueError says so if others may write to it. Where the directory
     cannot be made, each start compiles anew.
     """
+    directories = {'TORCHINDUCTOR_CACHE_DIR': cache, 'TRITON_CACHE_DIR': cache / 'triton'}
+    if directories.keys() <= os.environ.keys():
+        return
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
@@ -61,9 +64,9 @@ def keep_compiled_in(cache: Path) -> None:
     status = cache.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError(f'others may write to {cache}, and what is compiled there is run: '
-                         f'chmod go-w {cache}, or set TORCHINDUCTOR_CACHE_DIR')
-    os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(cache))
-    os.environ.setdefault('TRITON_CACHE_DIR', str(cache / 'triton'))
+                         f'chmod go-w {cache}, or set {" and ".join(directories)}')
+    for name, directory in directories.items():
+        os.environ.setdefault(name, str(directory))
 
 
 def users_cache() -> Path:

@@ -271,7 +271,8 @@ class FusedDiT(nn.Module):
         block = self.blocks[0]
         if not block.kernels:
             return 'there are no kernels for its blocks'
-        return persistent.why_not(*reversed(block.mlp_proj.weight.shape), self.place.device)
+        width, hidden = block.mlp_proj.weight.shape
+        return persistent.why_not(width, hidden, self.place.device)
 
 
 class TimeConstants:

@@ -41,15 +41,19 @@ if triton is not None:
             dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
-    def _wait(counter, target):
-        while _read(counter) < target:   # reading it does not hold up who arrives
-            pass
-        tl.debug_barrier()
+    def _wait(counter, target, ALL: tl.constexpr):
+        if ALL:
+            while _read(counter) < target:   # reading it does not hold up who arrives
+                pass
+            tl.debug_barrier()
 
     @triton.jit
-    def _arrive(counter):
-        tl.debug_barrier()
-        tl.atomic_add(counter, 1)
+    def _arrive(counter, done, ALL: tl.constexpr):
+        """Say that this program is through a phase; return the count when all are."""
+        if ALL:
+            tl.debug_barrier()
+            tl.atomic_add(counter, 1)
+        return done + tl.num_programs(0)
 
     @triton.jit
     def _tile(weight, tile, columns, depth: tl.constexpr, begin: tl.constexpr,
@@ -156,8 +160,7 @@ if triton is not None:
         """Go through blocks first .. last - 1 of all weights; PHASE: through this one only."""
         D: tl.constexpr = WIDTH // HEADS
         ALL: tl.constexpr = PHASE < 0
-        one, programs = tl.program_id(0), tl.num_programs(0)
-        done = 0
+        one, programs, done = tl.program_id(0), tl.num_programs(0), 0
         block = first
         while block < last:
             shift_a = modulation + block * mod_block
@@ -169,48 +172,35 @@ if triton is not None:
                 w = _tile(weight, one, 3 * WIDTH, WIDTH, 0, False, K, 32, PARTS)
                 shift = _signal(shift_a, rows, WIDTH, mod_row, M, K, PARTS)
                 gain = _signal(gain_a, rows, WIDTH, mod_row, M, K, PARTS)
-                if ALL:
-                    _wait(counter, done)
+                _wait(counter, done, ALL)
                 _from_norm(x, qkv, w, weight, shift, gain, rows, 3 * WIDTH, WIDTH, True, False,
                            EPSILON, M, 32, K, PARTS)
-                if ALL:
-                    _arrive(counter)
-                    done += programs
+                done = _arrive(counter, done, ALL)
             if ALL or PHASE == 1:
-                if ALL:
-                    _wait(counter, done)
+                _wait(counter, done, ALL)
                 table = block * rows * 2 * D
                 head = one
                 while head < HEADS:
                     kernels._attend_own(qkv, straight + table, swapped + table, attended, head,
                                         rows, HEADS, scale, EPSILON, M, D, False)
                     head += programs
-                if ALL:
-                    _arrive(counter)
-                    done += programs
+                done = _arrive(counter, done, ALL)
             if ALL or PHASE == 2:
                 weight = proj_w + block * WIDTH * WIDTH
                 w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
-                if ALL:
-                    _wait(counter, done)
+                _wait(counter, done, ALL)
                 _onto(x, attended, w, w, w, weight, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
                       8, K, PARTS)
-                if ALL:
-                    _arrive(counter)
-                    done += programs
+                done = _arrive(counter, done, ALL)
             if ALL or PHASE == 3:
                 weight = query_w + block * WIDTH * WIDTH
                 w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
-                if ALL:
-                    _wait(counter, done)
+                _wait(counter, done, ALL)
                 _from_norm(x, queries, w, weight, x, x, rows, WIDTH, WIDTH, False, False, EPSILON,
                            M, 8, K, PARTS)
-                if ALL:
-                    _arrive(counter)
-                    done += programs
+                done = _arrive(counter, done, ALL)
             if ALL or PHASE == 4:
-                if ALL:
-                    _wait(counter, done)
+                _wait(counter, done, ALL)
                 head = one
                 while head < HEADS:
                     kernels._attend_context(
@@ -219,31 +209,23 @@ if triton is not None:
                         key_head, key_row, value_head, value_row, EPSILON, True, BIAS, M, S, D,
                         False)
                     head += programs
-                if ALL:
-                    _arrive(counter)
-                    done += programs
+                done = _arrive(counter, done, ALL)
             if ALL or PHASE == 5:
                 weight = cross_w + block * WIDTH * WIDTH
                 w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
-                if ALL:
-                    _wait(counter, done)
+                _wait(counter, done, ALL)
                 _onto(x, attended, w, w, w, weight, x, rows, WIDTH, WIDTH, mod_row, False, M, 8,
                       K, PARTS)
-                if ALL:
-                    _arrive(counter)
-                    done += programs
+                done = _arrive(counter, done, ALL)
             if ALL or PHASE == 6:
                 weight = gate_w + block * 2 * HIDDEN * WIDTH
                 w = _tile(weight, one, HIDDEN, WIDTH, 0, True, K, 32, PARTS)
                 shift = _signal(shift_m, rows, WIDTH, mod_row, M, K, PARTS)
                 gain = _signal(gain_m, rows, WIDTH, mod_row, M, K, PARTS)
-                if ALL:
-                    _wait(counter, done)
+                _wait(counter, done, ALL)
                 _from_norm(x, hidden, w, weight, shift, gain, rows, HIDDEN, WIDTH, True, True,
                            EPSILON, M, 32, K, PARTS)
-                if ALL:
-                    _arrive(counter)
-                    done += programs
+                done = _arrive(counter, done, ALL)
             if ALL or PHASE == 7:
                 weight = mlp_w + block * WIDTH * HIDDEN
                 w = _tile(weight, one, WIDTH, HIDDEN, 0, False, DEEP, 8, PARTS)
@@ -253,13 +235,10 @@ if triton is not None:
                     w1 = _tile(weight, one, WIDTH, HIDDEN, DEEP, False, DEEP, 8, PARTS)
                 if HIDDEN > 2 * DEEP:
                     w2 = _tile(weight, one, WIDTH, HIDDEN, 2 * DEEP, False, DEEP, 8, PARTS)
-                if ALL:
-                    _wait(counter, done)
+                _wait(counter, done, ALL)
                 _onto(x, hidden, w, w1, w2, weight, gate_m, rows, WIDTH, HIDDEN, mod_row, True, M,
                       8, DEEP, PARTS)
-                if ALL:
-                    _arrive(counter)
-                    done += programs
+                done = _arrive(counter, done, ALL)
             block += 1
 
 
@@ -300,7 +279,7 @@ class StackedWeights:
         return cls(**stacked, key_scale=key_scale)
 
 
-def why_not(hidden: int, width: int, device: torch.device) -> str:
+def why_not(width: int, hidden: int, device: torch.device) -> str:
     """Return '' if blocks of these sizes can be one kernel on this device, or why not."""
     if width > MOST_WIDTH or hidden > MOST_DEPTH:
         return f'blocks of width {width}, {hidden} in their middle, are too large for one kernel'

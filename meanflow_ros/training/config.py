@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 from meanflow_ros.core.contract import RobotSpec
 from meanflow_ros.core.dit import H_PLACES
 from meanflow_ros.core.meanflow import LOSSES

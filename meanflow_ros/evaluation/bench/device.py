@@ -58,10 +58,14 @@ def host_ms(run: Callable[[], object], runs: int, *, warm_up: int, limit_s: floa
     gc.collect()
     gc.freeze()
     values, begin = [], time.perf_counter()
-    while len(values) < runs and (len(values) < fewest or time.perf_counter() - begin < limit_s):
-        start = time.perf_counter()
-        run()
-        values.append((time.perf_counter() - start) * 1e3)
+    try:
+        while len(values) < runs and (len(values) < fewest
+                                      or time.perf_counter() - begin < limit_s):
+            start = time.perf_counter()
+            run()
+            values.append((time.perf_counter() - start) * 1e3)
+    finally:
+        gc.unfreeze()
     return values
 
 

@@ -89,7 +89,6 @@ def _at(policy: Policy, steps: int) -> Act:
 
 def release() -> None:
     """Give memory that nothing uses back to the device."""
-    gc.unfreeze()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meanflow_ros.core.contract import NANOSECONDS, Observation, RobotSpec
+from meanflow_ros.core.contract import NANOSECONDS
 from meanflow_ros.core.loading import how_it_runs, load, warm_up
 from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions
+from meanflow_ros.evaluation.bench.device import host_ms
+from meanflow_ros.evaluation.bench.subjects import observations
 
 UNITS_S = {'ns': 1e-9, 'us': 1e-6, 'ms': 1e-3, 's': 1.0}
 MEASURED = 'measured'
@@ -92,13 +94,16 @@ def measured(checkpoint: str, *, device: str = 'auto', dtype: str = 'auto', thre
     try:
         steps = steps or policy.config.sampler_steps
         warm_up(policy, steps)
-        values = _timed(policy, _noise(policy.robot, instruction or 'measure'), steps)
+        observation = dataclasses.replace(observations(policy.robot, 1)[0],
+                                          instruction=instruction or 'measure')
+        values_ms = host_ms(lambda: policy.act(observation, steps=steps), MOST, warm_up=0,
+                            limit_s=MEASURE_S, fewest=FEWEST)
         runtime = runtime_of(policy, steps)
     finally:
         policy.close()
-    return Latency(values_s=values, runtime=runtime, source=(
+    return Latency(values_s=tuple(value / 1e3 for value in values_ms), runtime=runtime, source=(
         f'measured here, the network alone on {runtime["device"]} in {runtime["dtype"]}, '
-        f'{len(values)} inferences'))
+        f'{len(values_ms)} inferences'))
 
 
 def runtime_of(policy: FastPolicy, steps: int) -> dict[str, str]:
@@ -106,21 +111,3 @@ def runtime_of(policy: FastPolicy, steps: int) -> dict[str, str]:
     on_cpu = {'threads': str(torch.get_num_threads())} if policy.device.type == 'cpu' else {}
     return {'device': str(policy.device), 'dtype': str(policy.dtype).removeprefix('torch.'),
             'NFE': str(steps), **on_cpu, **how_it_runs(policy)}
-
-
-def _timed(policy: FastPolicy, observation: Observation, steps: int) -> tuple[float, ...]:
-    values, begun = [], time.perf_counter()
-    while len(values) < FEWEST or (len(values) < MOST
-                                   and time.perf_counter() - begun < MEASURE_S):
-        start = time.perf_counter()
-        policy.act(observation, steps=steps)
-        values.append(time.perf_counter() - start)
-    return tuple(values)
-
-
-def _noise(robot: RobotSpec, instruction: str) -> Observation:
-    random = np.random.default_rng(0)
-    return Observation(
-        stamp_ns=0, instruction=instruction, state=np.zeros(len(robot.state_names)),
-        images={camera.name: random.integers(0, 256, (camera.height, camera.width, 3), np.uint8)
-                for camera in robot.cameras})
