@@ -90,20 +90,15 @@ class EncodingOnce:
 
     def _seen(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Return the visual tokens (N, tokens, D) of pictures (H, W, 3), of any sizes."""
-        network, most = self._policy.fused, self._batch * len(self._cameras)
-        groups: dict[tuple, list[int]] = {}
-        for place, picture in enumerate(pictures):
-            groups.setdefault(picture.shape, []).append(place)
-        order, parts = [], []
-        for places in groups.values():
-            for start in range(0, len(places), most):
-                some = places[start:start + most]
-                stacked = torch.from_numpy(np.stack([pictures[place] for place in some]))
-                prepared = network.prepare([stacked[:, None].to(self._policy.device)])
-                parts.append(network.see.each(prepared.flatten(0, 1)))
-                order += some
-        tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return _rows(tokens, 0, np.argsort(order).tolist())
+        see, most = self._policy.fused.see, self._batch * len(self._cameras)
+        parts = [see.each(torch.cat([self._prepared(one) for one in pictures[start:start + most]]))
+                 for start in range(0, len(pictures), most)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _prepared(self, picture: np.ndarray) -> Tensor:
+        """Return a picture (1, S, S, 3); one at a time, since it is large before it is resized."""
+        one = torch.from_numpy(picture)[None, None].to(self._policy.device)
+        return self._policy.fused.prepare([one])[0]
 
     def _read(self, tokens: Tensor, scenes: Sequence[tuple]) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys and values (blocks, B, heads, S, d) of scenes, and what masks them."""

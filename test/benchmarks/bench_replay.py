@@ -237,7 +237,8 @@ def memory(options) -> None:
 
 def replay_once(options) -> None:
     """Replay one bag with the shipped checkpoint and print the peak memory."""
-    replayed([options.bag, '--out', options.out, '--latency', '300ms', '--probe-every', '20'])
+    replayed([options.bag, '--out', options.out, '--latency', '300ms', '--probe-every', '20',
+              '--picture-size', 'any'])
     print(f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB')
 
 
