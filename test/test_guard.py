@@ -196,6 +196,9 @@ def test_a_clamped_chunk_may_begin_beyond_a_limit_by_rounding():
     q = np.array([2.0 + 1e-9, 1.5, 1.5, 1.5, 1.5])
     timed = clamp.check(moving(q), now_ns=0).timed
     assert timed.actions[0, 0] == 2.0 and 1.5 < timed.actions[-1, 0] < 1.8
+    low = guard().limits.lower[0]
+    timed = clamp.check(moving(low - 1e-9 + np.array([0, 0.5, 0.5, 0.5, 0.5])), now_ns=0).timed
+    assert timed.actions[0, 0] == low
 
 
 @pytest.mark.parametrize('stamp_ns, period_s', [(2**63, 0.1), (-2**70, 0.1), (0, 1e300),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import os
 import re
 import shutil
@@ -382,7 +383,9 @@ def test_a_measured_latency_is_of_the_network_as_the_node_runs_it(
 
 def test_a_slow_network_is_timed_five_times(micro_checkpoint, monkeypatch):
     monkeypatch.setattr(latency, 'MEASURE_S', 0.0)
+    begin = time.perf_counter()
     found = latency.measured(str(micro_checkpoint), device='cpu', dtype='float32', threads=1)
+    assert 0 < sum(found.values_s) < time.perf_counter() - begin     # in seconds
     assert len(found.values_s) == 5 and found.source == (
         'measured here, the network alone on cpu in float32, 5 inferences')
     assert found.runtime['threads'] == '1'
