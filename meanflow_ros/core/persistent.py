@@ -35,16 +35,24 @@ MOST_DEPTH = 3 * 1024  # of a product: its weights wait in three pieces
 
 if triton is not None:
     @triton.jit
-    def _read(counter):
-        return tl.inline_asm_elementwise(
-            'ld.acquire.gpu.global.s32 $0, [$1];', '=r,l', [counter.to(tl.int64, bitcast=True)],
-            dtype=tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
     def _wait(counter, target, ALL: tl.constexpr):
+        """Wait until the count is the target: one thread asks, so that who arrives is not held up."""
         if ALL:
-            while _read(counter) < target:   # reading it does not hold up who arrives
-                pass
+            tl.inline_asm_elementwise(
+                """{
+                .reg .pred p;
+                .reg .b32 seen;
+                mov.u32 seen, %tid.x;
+                setp.ne.u32 p, seen, 0;
+                @p bra THERE;
+                AGAIN:
+                ld.acquire.gpu.global.s32 seen, [$1];
+                setp.lt.s32 p, seen, $2;
+                @p bra AGAIN;
+                THERE:
+                mov.u32 $0, 0;
+                }""", '=r,l,r', [counter.to(tl.int64, bitcast=True), target],
+                dtype=tl.int32, is_pure=False, pack=1)
             tl.debug_barrier()
 
     @triton.jit
@@ -52,8 +60,55 @@ if triton is not None:
         """Say that this program is through a phase; return the count when all are."""
         if ALL:
             tl.debug_barrier()
-            tl.atomic_add(counter, 1)
+            tl.atomic_add(counter, 1, sem='release')
         return done + tl.num_programs(0)
+
+    @triton.jit
+    def _fetch(start, lines, stride, size: tl.constexpr):
+        """Have lines of `size` elements, `stride` apart, brought into the L2 cache: one a thread."""
+        each: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b32 line;
+            .reg .b64 at;
+            mov.u32 line, %tid.x;
+            setp.lt.s32 p, line, $2;
+            mad.wide.s32 at, line, $3, $1;
+            @p cp.async.bulk.prefetch.L2.global [at], $4;
+            mov.u32 $0, 0;
+            }""", '=r,l,r,r,r', [start.to(tl.int64, bitcast=True), lines, stride * each, size * each],
+            dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def _fetch_tiles(weight, columns, depth: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
+                     GATED: tl.constexpr):
+        for i in tl.static_range(TILES):
+            column = (tl.program_id(0) + i * tl.num_programs(0)) * N
+            start, lines = weight + column * depth, tl.minimum(columns - column, N)
+            _fetch(start, lines, depth, depth)
+            if GATED:
+                _fetch(start + columns * depth, lines, depth, depth)
+
+    @triton.jit
+    def _fetch_weights(weights, block, last, WHICH: tl.constexpr, WIDTH: tl.constexpr,
+                       HIDDEN: tl.constexpr, QKV: tl.constexpr, GATE: tl.constexpr,
+                       TILES: tl.constexpr, AHEAD: tl.constexpr):
+        """Fetch what this program takes of the weight that is number WHICH of a block, or later."""
+        if AHEAD:
+            kind: tl.constexpr = WHICH % 6
+            block += WHICH // 6
+            if block < last:
+                if kind == 0:
+                    _fetch_tiles(weights[0] + block * 3 * WIDTH * WIDTH, 3 * WIDTH, WIDTH, QKV,
+                                 TILES, False)
+                elif kind == 4:
+                    _fetch_tiles(weights[4] + block * 2 * HIDDEN * WIDTH, HIDDEN, WIDTH, GATE // 2,
+                                 TILES, True)
+                elif kind == 5:
+                    _fetch_tiles(weights[5] + block * WIDTH * HIDDEN, WIDTH, HIDDEN, 8, 1, False)
+                else:
+                    _fetch_tiles(weights[kind] + block * WIDTH * WIDTH, WIDTH, WIDTH, 8, 1, False)
 
     @triton.jit
     def _tile(weight, tile, columns, depth: tl.constexpr, begin: tl.constexpr,
@@ -72,6 +127,25 @@ if triton is not None:
                        (column[None, None, :] < columns) & (at < depth), 0.0)
 
     @triton.jit
+    def _tiles(weight, columns, depth: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
+               N: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr):
+        """Return the first tiles of this program."""
+        tiles = ()
+        for i in tl.static_range(TILES):
+            tiles += (_tile(weight, tl.program_id(0) + i * tl.num_programs(0), columns, depth, 0,
+                            GATED, K, N, PARTS),)
+        return tiles
+
+    @triton.jit
+    def _pieces(weight, tile, columns, depth: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+                PARTS: tl.constexpr):
+        """Return a tile in pieces of K of its depth."""
+        pieces = ()
+        for i in tl.static_range((depth + K - 1) // K):
+            pieces += (_tile(weight, tile, columns, depth, i * K, False, K, N, PARTS),)
+        return pieces
+
+    @triton.jit
     def _rows(x, rows, depth: tl.constexpr, begin: tl.constexpr, M: tl.constexpr,
               K: tl.constexpr, PARTS: tl.constexpr):
         """Return x (PARTS, M, K / PARTS); never from a cache that other programs do not write."""
@@ -82,12 +156,12 @@ if triton is not None:
                        cache_modifier='.cg')
 
     @triton.jit
-    def _signal(signal, rows, depth: tl.constexpr, row_stride, M: tl.constexpr, K: tl.constexpr,
-                PARTS: tl.constexpr):
-        """Return a shift or a gain (PARTS, M, K / PARTS)."""
+    def _signal(signal, rows, depth: tl.constexpr, row_stride, PER_ROW: tl.constexpr,
+                M: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):
+        """Return a shift or a gain (PARTS, M or 1, K / PARTS)."""
         at = (tl.arange(0, PARTS)[:, None, None] * (K // PARTS)
               + tl.arange(0, K // PARTS)[None, None, :])
-        row = tl.arange(0, M)[None, :, None]
+        row = tl.arange(0, M if PER_ROW else 1)[None, :, None]
         return tl.load(signal + row * row_stride + at, (row < rows) & (at < depth), 0.0)
 
     @triton.jit
@@ -104,50 +178,125 @@ if triton is not None:
         return wide.to(raw.dtype)
 
     @triton.jit
+    def _store_tile(out, a, w, tile, rows, columns, GATED: tl.constexpr, M: tl.constexpr,
+                    N: tl.constexpr):
+        kept: tl.constexpr = N // 2 if GATED else N
+        total = tl.sum(tl.dot(a, w), 0)
+        if GATED:
+            opened, value = tl.split(tl.reshape(total, (M, kept, 2)))
+            total = opened * tl.sigmoid(opened) * value
+        row, column = tl.arange(0, M)[:, None], (tile * kept + tl.arange(0, kept))[None, :]
+        tl.store(out + row * columns + column, total.to(out.dtype.element_ty),
+                 (row < rows) & (column < columns))
+
+    @triton.jit
     def _from_norm(x, out, w, weight, shift, gain, rows, columns, depth: tl.constexpr,
                    MODULATE: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr,
-                   M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):
-        """Store (modulated norm of x) @ weight.T; w: the first tile of the weight."""
+                   M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
+                   TILES: tl.constexpr):
+        """Store (modulated norm of x) @ weight.T; w: the first tiles of the weight."""
         a = _normalised(x, shift, gain, rows, depth, EPSILON, MODULATE, M, K, PARTS)
         kept: tl.constexpr = N // 2 if GATED else N
         tile = tl.program_id(0)
+        for i in tl.static_range(TILES):
+            _store_tile(out, a, w[i], tile, rows, columns, GATED, M, N)
+            tile += tl.num_programs(0)
         while tile * kept < columns:
-            total = tl.sum(tl.dot(a, w), 0)
-            w = _tile(weight, tile + tl.num_programs(0), columns, depth, 0, GATED, K, N, PARTS)
-            if GATED:
-                opened, value = tl.split(tl.reshape(total, (M, kept, 2)))
-                total = opened * tl.sigmoid(opened) * value
-            row, column = tl.arange(0, M)[:, None], (tile * kept + tl.arange(0, kept))[None, :]
-            tl.store(out + row * columns + column, total.to(out.dtype.element_ty),
-                     (row < rows) & (column < columns))
+            more = _tile(weight, tile, columns, depth, 0, GATED, K, N, PARTS)
+            _store_tile(out, a, more, tile, rows, columns, GATED, M, N)
             tile += tl.num_programs(0)
 
     @triton.jit
-    def _onto(x, a, w0, w1, w2, weight, gate, rows, columns, depth: tl.constexpr, row_stride,
+    def _gate(gate, rows, columns, row_stride, tile, M: tl.constexpr, N: tl.constexpr):
+        row, column = tl.arange(0, M)[:, None], (tile * N + tl.arange(0, N))[None, :]
+        return tl.load(gate + row * row_stride + column, (row < rows) & (column < columns),
+                       0.0).to(tl.float32)
+
+    @triton.jit
+    def _onto(x, a, w, factor, weight, gate, rows, columns, depth: tl.constexpr, row_stride,
               GATE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
               PARTS: tl.constexpr):
-        """Add gate * (a @ weight.T) to x; w0, w1, w2: the first tile of the weight by depth."""
+        """Add gate * (a @ weight.T) to x. a, w: in pieces of K of the depth.
+
+        w, factor: the first tile of the weight, and of the gate.
+        """
         tile = tl.program_id(0)
         while tile * N < columns:
             row, column = tl.arange(0, M)[:, None], (tile * N + tl.arange(0, N))[None, :]
             kept, place = (row < rows) & (column < columns), x + row * columns + column
             added = tl.load(place, kept, 0.0, cache_modifier='.cg').to(tl.float32)
-            factor = 1.0
-            if GATE:
-                factor = tl.load(gate + row * row_stride + column, kept, 0.0).to(tl.float32)
-            total = tl.dot(_rows(a, rows, depth, 0, M, K, PARTS), w0)
-            if depth > K:
-                total += tl.dot(_rows(a, rows, depth, K, M, K, PARTS), w1)
-            if depth > 2 * K:
-                total += tl.dot(_rows(a, rows, depth, 2 * K, M, K, PARTS), w2)
-            later = tile + tl.num_programs(0)
-            w0 = _tile(weight, later, columns, depth, 0, False, K, N, PARTS)
-            if depth > K:
-                w1 = _tile(weight, later, columns, depth, K, False, K, N, PARTS)
-            if depth > 2 * K:
-                w2 = _tile(weight, later, columns, depth, 2 * K, False, K, N, PARTS)
+            total = tl.dot(a[0], w[0])
+            for i in tl.static_range(1, (depth + K - 1) // K):
+                total += tl.dot(a[i], w[i])
             tl.store(place, (added + factor * tl.sum(total, 0)).to(x.dtype.element_ty), kept)
-            tile = later
+            tile += tl.num_programs(0)
+            w = _pieces(weight, tile, columns, depth, K, N, PARTS)
+            if GATE:
+                factor = _gate(gate, rows, columns, row_stride, tile, M, N)
+
+    @triton.jit
+    def _all_rows(a, rows, depth: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+                  PARTS: tl.constexpr):
+        """Return `_rows` in pieces of K of their depth."""
+        pieces = ()
+        for i in tl.static_range((depth + K - 1) // K):
+            pieces += (_rows(a, rows, depth, i * K, M, K, PARTS),)
+        return pieces
+
+    @triton.jit
+    def _table(table, rows, M: tl.constexpr, D: tl.constexpr):
+        """Return the two halves of a rotary table, of queries or keys: (1, M, D / 2)."""
+        row, d = tl.arange(0, M)[None, :, None], tl.arange(0, D // 2)[None, None, :]
+        place = table + row * 2 * D + d
+        return (tl.load(place, row < rows, 0.0), tl.load(place + D // 2, row < rows, 0.0))
+
+    @triton.jit
+    def _tables(straight, swapped, rows, M: tl.constexpr, D: tl.constexpr):
+        return (_table(straight, rows, M, D), _table(swapped, rows, M, D),
+                _table(straight + D, rows, M, D), _table(swapped + D, rows, M, D))
+
+    @triton.jit
+    def _turned(low, high, straight, swapped, D: tl.constexpr, EPSILON: tl.constexpr):
+        """Return the halves of normalised heads at their rotary positions."""
+        low_wide, high_wide = low.to(tl.float32), high.to(tl.float32)
+        square = tl.sum(low_wide * low_wide + high_wide * high_wide, 2)
+        factor = tl.rsqrt(square / D + EPSILON)[:, :, None]
+        low_wide, high_wide = low_wide * factor, high_wide * factor
+        return ((low_wide * straight[0] + high_wide * swapped[0]).to(low.dtype),
+                (high_wide * straight[1] + low_wide * swapped[1]).to(low.dtype))
+
+    @triton.jit
+    def _own_attention(qkv, tables, rows, scale, HEADS: tl.constexpr, EPSILON: tl.constexpr,
+                       M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr):
+        """Return what all heads attend to, in groups of heads (GROUP, M, D)."""
+        across: tl.constexpr = HEADS * D
+        row, d = tl.arange(0, M)[None, :, None], tl.arange(0, D)[None, None, :]
+        half = tl.arange(0, D // 2)[None, None, :]
+        group = tl.arange(0, GROUP)[:, None, None]
+        read = ()
+        for i in tl.static_range((HEADS + GROUP - 1) // GROUP):
+            head = i * GROUP + group
+            kept = (row < rows) & (head < HEADS)
+            place = qkv + row * 3 * across + head * D
+            low, high = place + half, place + half + D // 2
+            read += ((tl.load(low, kept, 0.0, cache_modifier='.cg'),
+                      tl.load(high, kept, 0.0, cache_modifier='.cg'),
+                      tl.load(low + across, kept, 0.0, cache_modifier='.cg'),
+                      tl.load(high + across, kept, 0.0, cache_modifier='.cg'),
+                      tl.load(place + 2 * across + d, kept, 0.0, cache_modifier='.cg')),)
+        result = ()
+        for i in tl.static_range((HEADS + GROUP - 1) // GROUP):
+            q = _turned(read[i][0], read[i][1], tables[0], tables[1], D, EPSILON)
+            k = _turned(read[i][2], read[i][3], tables[2], tables[3], D, EPSILON)
+            v = read[i][4]
+            scores = (tl.dot(q[0], tl.trans(k[0], 0, 2, 1))
+                      + tl.dot(q[1], tl.trans(k[1], 0, 2, 1))) * scale
+            asked, at = tl.arange(0, M)[None, :, None], tl.arange(0, M)[None, None, :]
+            scores = tl.where((at <= asked) & (at < rows), scores, -1e30)
+            weights = tl.exp(scores - tl.max(scores, 2)[:, :, None])
+            out = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, 2)[:, :, None]
+            result += (out.to(v.dtype),)
+        return result
 
     @triton.jit
     def _blocks(x, qkv, attended, queries, hidden, counter, modulation, mod_block, mod_kind,
@@ -155,12 +304,22 @@ if triton is not None:
                 key_block, key_head, key_row, values, value_block, value_head, value_row,
                 key_scale, bias, rows, count, scale, first, last, WIDTH: tl.constexpr,
                 HEADS: tl.constexpr, HIDDEN: tl.constexpr, BIAS: tl.constexpr,
-                PHASE: tl.constexpr, EPSILON: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
-                K: tl.constexpr, DEEP: tl.constexpr, PARTS: tl.constexpr):
-        """Go through blocks first .. last - 1 of all weights; PHASE: through this one only."""
+                PER_ROW: tl.constexpr, PHASE: tl.constexpr, EPSILON: tl.constexpr,
+                M: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DEEP: tl.constexpr,
+                GROUP: tl.constexpr, PARTS: tl.constexpr, MERGED: tl.constexpr,
+                AHEAD: tl.constexpr, QKV: tl.constexpr, GATE: tl.constexpr, TILES: tl.constexpr):
+        """Go through blocks first .. last - 1 of all weights; PHASE: through this one only.
+
+        MERGED: every program computes the attention within the chunk, of all heads, for its
+        own part of the product after it.
+        """
         D: tl.constexpr = WIDTH // HEADS
         ALL: tl.constexpr = PHASE < 0
+        DISTANCE: tl.constexpr = AHEAD if ALL else 0   # what is fetched is this many products on
         one, programs, done = tl.program_id(0), tl.num_programs(0), 0
+        weights = (qkv_w, proj_w, query_w, cross_w, gate_w, mlp_w)
+        for i in tl.static_range(1, DISTANCE):
+            _fetch_weights(weights, first, last, i, WIDTH, HIDDEN, QKV, GATE, TILES, DISTANCE)
         block = first
         while block < last:
             shift_a = modulation + block * mod_block
@@ -169,17 +328,28 @@ if triton is not None:
             gate_m = shift_a + 5 * mod_kind
             if ALL or PHASE == 0:
                 weight = qkv_w + block * 3 * WIDTH * WIDTH
-                w = _tile(weight, one, 3 * WIDTH, WIDTH, 0, False, K, 32, PARTS)
-                shift = _signal(shift_a, rows, WIDTH, mod_row, M, K, PARTS)
-                gain = _signal(gain_a, rows, WIDTH, mod_row, M, K, PARTS)
+                w = _tiles(weight, 3 * WIDTH, WIDTH, False, K, QKV, PARTS, TILES)
+                shift = _signal(shift_a, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
+                gain = _signal(gain_a, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
+                _fetch_weights(weights, block, last, DISTANCE, WIDTH, HIDDEN, QKV, GATE, TILES,
+                               DISTANCE)
+                if DISTANCE:
+                    if one < HEADS:
+                        _fetch(keys + block * key_block + one * key_head, count, key_row, D)
+                        _fetch(values + block * value_block + one * value_head, count, value_row,
+                               D)
+                    elif one < HEADS + 6:
+                        _fetch(shift_a + mod_block + (one - HEADS) * mod_kind,
+                               (block + 1 < last).to(tl.int32) * (rows if PER_ROW else 1),
+                               mod_row, WIDTH)
                 _wait(counter, done, ALL)
                 _from_norm(x, qkv, w, weight, shift, gain, rows, 3 * WIDTH, WIDTH, True, False,
-                           EPSILON, M, 32, K, PARTS)
+                           EPSILON, M, QKV, K, PARTS, TILES)
                 done = _arrive(counter, done, ALL)
-            if ALL or PHASE == 1:
-                _wait(counter, done, ALL)
-                table = block * rows * 2 * D
+            table = block * rows * 2 * D
+            if (ALL or PHASE == 1) and not MERGED:
                 head = one
+                _wait(counter, done, ALL)
                 while head < HEADS:
                     kernels._attend_own(qkv, straight + table, swapped + table, attended, head,
                                         rows, HEADS, scale, EPSILON, M, D, False)
@@ -187,57 +357,79 @@ if triton is not None:
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 2:
                 weight = proj_w + block * WIDTH * WIDTH
-                w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
+                factor = _gate(gate_a, rows, WIDTH, mod_row, one, M, 8)
+                if MERGED:
+                    w = _pieces(weight, one, WIDTH, WIDTH, GROUP * D, 8, GROUP)
+                    tables = _tables(straight + table, swapped + table, rows, M, D)
+                else:
+                    w = _pieces(weight, one, WIDTH, WIDTH, K, 8, PARTS)
+                _fetch_weights(weights, block, last, 1 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
+                               TILES, DISTANCE)
                 _wait(counter, done, ALL)
-                _onto(x, attended, w, w, w, weight, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
-                      8, K, PARTS)
+                if MERGED:
+                    a = _own_attention(qkv, tables, rows, scale, HEADS, EPSILON, M, D, GROUP)
+                    _onto(x, a, w, factor, weight, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
+                          8, GROUP * D, GROUP)
+                else:
+                    a = _all_rows(attended, rows, WIDTH, M, K, PARTS)
+                    _onto(x, a, w, factor, weight, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
+                          8, K, PARTS)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 3:
                 weight = query_w + block * WIDTH * WIDTH
-                w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
+                w = _tiles(weight, WIDTH, WIDTH, False, K, 8, PARTS, 1)
+                _fetch_weights(weights, block, last, 2 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
+                               TILES, DISTANCE)
                 _wait(counter, done, ALL)
                 _from_norm(x, queries, w, weight, x, x, rows, WIDTH, WIDTH, False, False, EPSILON,
-                           M, 8, K, PARTS)
+                           M, 8, K, PARTS, 1)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 4:
-                _wait(counter, done, ALL)
                 head = one
+                k, v, added = kernels._context(
+                    keys + block * key_block, values + block * value_block, key_scale + block * D,
+                    bias, head, count, HEADS, key_head, key_row, value_head, value_row, EPSILON,
+                    True, BIAS, S, D)
+                _wait(counter, done, ALL)
                 while head < HEADS:
-                    kernels._attend_context(
-                        queries, keys + block * key_block, values + block * value_block,
-                        key_scale + block * D, bias, attended, head, rows, count, HEADS, scale,
-                        key_head, key_row, value_head, value_row, EPSILON, True, BIAS, M, S, D,
-                        False)
+                    kernels._attend_context(queries, k, v, added, attended, head, rows, count,
+                                            HEADS, scale, EPSILON, M, S, D)
                     head += programs
+                    k, v, added = kernels._context(
+                        keys + block * key_block, values + block * value_block,
+                        key_scale + block * D, bias, head, count, HEADS, key_head, key_row,
+                        value_head, value_row, EPSILON, True, BIAS, S, D)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 5:
                 weight = cross_w + block * WIDTH * WIDTH
-                w = _tile(weight, one, WIDTH, WIDTH, 0, False, K, 8, PARTS)
+                w = _pieces(weight, one, WIDTH, WIDTH, K, 8, PARTS)
+                _fetch_weights(weights, block, last, 3 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
+                               TILES, DISTANCE)
                 _wait(counter, done, ALL)
-                _onto(x, attended, w, w, w, weight, x, rows, WIDTH, WIDTH, mod_row, False, M, 8,
-                      K, PARTS)
+                a = _all_rows(attended, rows, WIDTH, M, K, PARTS)
+                _onto(x, a, w, 1.0, weight, x, rows, WIDTH, WIDTH, mod_row, False, M, 8, K, PARTS)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 6:
                 weight = gate_w + block * 2 * HIDDEN * WIDTH
-                w = _tile(weight, one, HIDDEN, WIDTH, 0, True, K, 32, PARTS)
-                shift = _signal(shift_m, rows, WIDTH, mod_row, M, K, PARTS)
-                gain = _signal(gain_m, rows, WIDTH, mod_row, M, K, PARTS)
+                w = _tiles(weight, HIDDEN, WIDTH, True, K, GATE, PARTS, TILES)
+                shift = _signal(shift_m, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
+                gain = _signal(gain_m, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
+                _fetch_weights(weights, block, last, 4 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
+                               TILES, DISTANCE)
                 _wait(counter, done, ALL)
                 _from_norm(x, hidden, w, weight, shift, gain, rows, HIDDEN, WIDTH, True, True,
-                           EPSILON, M, 32, K, PARTS)
+                           EPSILON, M, GATE, K, PARTS, TILES)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 7:
                 weight = mlp_w + block * WIDTH * HIDDEN
-                w = _tile(weight, one, WIDTH, HIDDEN, 0, False, DEEP, 8, PARTS)
-                w1 = w
-                w2 = w
-                if HIDDEN > DEEP:
-                    w1 = _tile(weight, one, WIDTH, HIDDEN, DEEP, False, DEEP, 8, PARTS)
-                if HIDDEN > 2 * DEEP:
-                    w2 = _tile(weight, one, WIDTH, HIDDEN, 2 * DEEP, False, DEEP, 8, PARTS)
+                factor = _gate(gate_m, rows, WIDTH, mod_row, one, M, 8)
+                w = _pieces(weight, one, WIDTH, HIDDEN, DEEP, 8, PARTS)
+                _fetch_weights(weights, block, last, 5 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
+                               TILES, DISTANCE)
                 _wait(counter, done, ALL)
-                _onto(x, hidden, w, w1, w2, weight, gate_m, rows, WIDTH, HIDDEN, mod_row, True, M,
-                      8, DEEP, PARTS)
+                a = _all_rows(hidden, rows, HIDDEN, M, DEEP, PARTS)
+                _onto(x, a, w, factor, weight, gate_m, rows, WIDTH, HIDDEN, mod_row, True, M, 8,
+                      DEEP, PARTS)
                 done = _arrive(counter, done, ALL)
             block += 1
 
@@ -288,31 +480,43 @@ def why_not(width: int, hidden: int, device: torch.device) -> str:
     return ''
 
 
+# How the kernel goes about it: core/persistent.py's constants of the same names.
+TUNING = {'MERGED': True, 'AHEAD': 3, 'QKV': 8, 'GATE': 16, 'TILES': 3}
+
+
 def run_blocks(x: Tensor, weights: StackedWeights, modulation: Tensor, keys: Tensor,
                values: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """Return x (T, D) after all blocks; x is overwritten.
 
-    modulation: (blocks, 6, T, D), the last dimension contiguous. keys, values: (blocks,
+    modulation: (blocks, 6, T or 1, D), the last dimension contiguous. keys, values: (blocks,
     heads, S, d), likewise; keys before their norm. bias: S numbers, added. On a CPU, where
     Triton's interpreter runs programs one after the other so that none can wait for another,
     phase by phase.
     """
     (rows, width), blocks = x.shape, len(weights.qkv)
     hidden, count, d = weights.mlp.shape[2], keys.shape[2], width // heads
+    per_row = modulation.shape[2] > 1
     new = x.new_empty
     scratch = (new(rows, 3 * width), new(rows, width), new(rows, width), new(rows, hidden),
                torch.zeros(1, dtype=torch.int32, device=x.device))
+    tuning = dict(TUNING)
+    if d < 32:   # half a head is too little for a product
+        tuning['MERGED'] = False
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
+        tuning['AHEAD'] = 0
 
     def launch(first: int, last: int, phase: int, programs: int, **options: bool) -> None:
         _blocks[(programs,)](
-            x, *scratch, modulation, *modulation.stride()[:3], weights.qkv, weights.proj,
-            weights.query, weights.cross, weights.gate_and_value, weights.mlp, weights.straight,
-            weights.swapped, keys, *keys.stride()[:3], values, *values.stride()[:3],
-            weights.key_scale, bias if bias is not None else x, rows, count, d ** -0.5, first,
-            last, WIDTH=width, HEADS=heads, HIDDEN=hidden, BIAS=bias is not None, PHASE=phase,
-            EPSILON=EPS, M=kernels._power(rows), S=kernels._power(count),
-            K=kernels._power(width, 16 * WARPS), PARTS=WARPS, num_warps=WARPS,
-            DEEP=min(1024, kernels._power(hidden, 16 * WARPS)), **options)
+            x, *scratch, modulation, *modulation.stride()[:2], per_row * modulation.stride(2),
+            weights.qkv, weights.proj, weights.query, weights.cross, weights.gate_and_value,
+            weights.mlp, weights.straight, weights.swapped, keys, *keys.stride()[:3], values,
+            *values.stride()[:3], weights.key_scale, bias if bias is not None else x, rows, count,
+            d ** -0.5, first, last, WIDTH=width, HEADS=heads, HIDDEN=hidden,
+            BIAS=bias is not None, PER_ROW=per_row, PHASE=phase, EPSILON=EPS,
+            M=kernels._power(rows), S=kernels._power(count), K=kernels._power(width, 16 * WARPS),
+            DEEP=min(1024, kernels._power(hidden, 16 * WARPS)),
+            GROUP=min(WARPS, kernels._power(heads, 1)), PARTS=WARPS, num_warps=WARPS, **tuning,
+            **options)
 
     if x.is_cuda:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
