@@ -35,10 +35,15 @@ MOST_DEPTH = 3 * 1024  # of a product: its weights wait in three pieces
 
 if triton is not None:
     @triton.jit
-    def _wait(counter, target, ALL: tl.constexpr):
-        """Wait until the count is the target: one thread asks, so that who arrives is not held up."""
+    def _wait(counter, target, ALL: tl.constexpr, RELAXED: tl.constexpr):
+        """Wait until the count is the target: one thread asks, so that who arrives is not held up.
+
+        Returns 0: what is computed with it is not kept in registers from phase to phase.
+        """
+        zero = 0
         if ALL:
-            tl.inline_asm_elementwise(
+            load: tl.constexpr = 'relaxed' if RELAXED else 'acquire'
+            zero = tl.inline_asm_elementwise(
                 """{
                 .reg .pred p;
                 .reg .b32 seen;
@@ -46,7 +51,7 @@ if triton is not None:
                 setp.ne.u32 p, seen, 0;
                 @p bra THERE;
                 AGAIN:
-                ld.acquire.gpu.global.s32 seen, [$1];
+                ld.""" + load + """.gpu.global.s32 seen, [$1];
                 setp.lt.s32 p, seen, $2;
                 @p bra AGAIN;
                 THERE:
@@ -54,6 +59,7 @@ if triton is not None:
                 }""", '=r,l,r', [counter.to(tl.int64, bitcast=True), target],
                 dtype=tl.int32, is_pure=False, pack=1)
             tl.debug_barrier()
+        return zero
 
     @triton.jit
     def _arrive(counter, done, ALL: tl.constexpr):
@@ -64,8 +70,37 @@ if triton is not None:
         return done + tl.num_programs(0)
 
     @triton.jit
-    def _fetch(start, lines, stride, size: tl.constexpr):
-        """Have lines of `size` elements, `stride` apart, brought into the L2 cache: one a thread."""
+    def _program(ALL: tl.constexpr):
+        """Return which program this is; what follows from it is not kept from phase to phase."""
+        if ALL:   # each time anew, since registers are scarce
+            return tl.inline_asm_elementwise('mov.u32 $0, %ctaid.x;', '=r', [], dtype=tl.int32,
+                                             is_pure=False, pack=1)
+        else:
+            return tl.program_id(0)
+
+    @triton.jit
+    def _fetch(start, pieces, stride, size: tl.constexpr):
+        """Have pieces of `size` elements brought into the L2 cache: one by each warp."""
+        each: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p, q;
+            .reg .b32 piece, lane;
+            .reg .b64 at;
+            mov.u32 piece, %tid.x;
+            and.b32 lane, piece, 31;
+            shr.u32 piece, piece, 5;
+            setp.lt.s32 p, piece, $2;
+            setp.eq.and.u32 p, lane, 0, p;
+            mad.wide.s32 at, piece, $3, $1;
+            @p cp.async.bulk.prefetch.L2.global [at], $4;
+            mov.u32 $0, 0;
+            }""", '=r,l,r,r,r', [start.to(tl.int64, bitcast=True), pieces, stride * each,
+                                 size * each], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def _fetch_heads(start, count, stride):
+        """Have lines of at most 128 bytes brought into the L2 cache: one by each thread."""
         each: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
         tl.inline_asm_elementwise(
             """{
@@ -75,65 +110,64 @@ if triton is not None:
             mov.u32 line, %tid.x;
             setp.lt.s32 p, line, $2;
             mad.wide.s32 at, line, $3, $1;
-            @p cp.async.bulk.prefetch.L2.global [at], $4;
+            @p prefetch.global.L2 [at];
             mov.u32 $0, 0;
-            }""", '=r,l,r,r,r', [start.to(tl.int64, bitcast=True), lines, stride * each, size * each],
+            }""", '=r,l,r,r', [start.to(tl.int64, bitcast=True), count, stride * each],
             dtype=tl.int32, is_pure=False, pack=1)
 
     @triton.jit
-    def _fetch_tiles(weight, columns, depth: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
-                     GATED: tl.constexpr):
-        for i in tl.static_range(TILES):
-            column = (tl.program_id(0) + i * tl.num_programs(0)) * N
-            start, lines = weight + column * depth, tl.minimum(columns - column, N)
-            _fetch(start, lines, depth, depth)
-            if GATED:
-                _fetch(start + columns * depth, lines, depth, depth)
+    def _fetch_lines(weight, one, columns, depth: tl.constexpr, SHARE: tl.constexpr):
+        piece: tl.constexpr = SHARE // 8
+        _fetch(weight + one * SHARE * depth, (columns - one * SHARE) // piece, piece * depth,
+               piece * depth)
 
     @triton.jit
-    def _fetch_weights(weights, block, last, WHICH: tl.constexpr, WIDTH: tl.constexpr,
+    def _fetch_weights(weights, one, block, last, WHICH: tl.constexpr, WIDTH: tl.constexpr,
                        HIDDEN: tl.constexpr, QKV: tl.constexpr, GATE: tl.constexpr,
-                       TILES: tl.constexpr, AHEAD: tl.constexpr):
+                       AHEAD: tl.constexpr):
         """Fetch what this program takes of the weight that is number WHICH of a block, or later."""
         if AHEAD:
             kind: tl.constexpr = WHICH % 6
             block += WHICH // 6
             if block < last:
                 if kind == 0:
-                    _fetch_tiles(weights[0] + block * 3 * WIDTH * WIDTH, 3 * WIDTH, WIDTH, QKV,
-                                 TILES, False)
+                    _fetch_lines(weights[0] + block * 3 * WIDTH * WIDTH, one, 3 * WIDTH, WIDTH, QKV)
                 elif kind == 4:
-                    _fetch_tiles(weights[4] + block * 2 * HIDDEN * WIDTH, HIDDEN, WIDTH, GATE // 2,
-                                 TILES, True)
+                    gate = weights[4] + block * 2 * HIDDEN * WIDTH
+                    _fetch_lines(gate, one, HIDDEN, WIDTH, GATE)
+                    _fetch_lines(gate + HIDDEN * WIDTH, one, HIDDEN, WIDTH, GATE)
                 elif kind == 5:
-                    _fetch_tiles(weights[5] + block * WIDTH * HIDDEN, WIDTH, HIDDEN, 8, 1, False)
+                    _fetch_lines(weights[5] + block * WIDTH * HIDDEN, one, WIDTH, HIDDEN, 8)
                 else:
-                    _fetch_tiles(weights[kind] + block * WIDTH * WIDTH, WIDTH, WIDTH, 8, 1, False)
+                    _fetch_lines(weights[kind] + block * WIDTH * WIDTH, one, WIDTH, WIDTH, 8)
 
     @triton.jit
-    def _tile(weight, tile, columns, depth: tl.constexpr, begin: tl.constexpr,
+    def _tile(weight, column, end, columns, depth: tl.constexpr, begin: tl.constexpr,
               GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
         """Return weights (PARTS, K / PARTS, N) of N lines; gate and value beside each other."""
         at = begin + (tl.arange(0, PARTS)[:, None, None] * (K // PARTS)
                       + tl.arange(0, K // PARTS)[None, :, None])
         n = tl.arange(0, N)
         if GATED:
-            column = tile * (N // 2) + n // 2
+            column += n // 2
             line = column + n % 2 * columns
         else:
-            column = tile * N + n
+            column += n
             line = column
-        return tl.load(weight + line[None, None, :] * depth + at,
-                       (column[None, None, :] < columns) & (at < depth), 0.0)
+        there = column[None, None, :] < end
+        if begin + K > depth:
+            there &= at < depth
+        return tl.load(weight + line[None, None, :] * depth + at, there, 0.0)
 
     @triton.jit
-    def _tiles(weight, columns, depth: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
-               N: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr):
-        """Return the first tiles of this program."""
-        tiles = ()
-        for i in tl.static_range(TILES):
-            tiles += (_tile(weight, tl.program_id(0) + i * tl.num_programs(0), columns, depth, 0,
-                            GATED, K, N, PARTS),)
+    def _tiles(weight, one, columns, depth: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
+               N: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr):
+        """Return the tiles of this program's share of the columns, at most three."""
+        kept: tl.constexpr = N // 2 if GATED else N
+        tiles, end = (), tl.minimum(one * SHARE + SHARE, columns)
+        for i in tl.static_range(min(3, (SHARE + kept - 1) // kept)):
+            tiles += (_tile(weight, one * SHARE + i * kept, end, columns, depth, 0, GATED, K, N,
+                            PARTS),)
         return tiles
 
     @triton.jit
@@ -142,18 +176,21 @@ if triton is not None:
         """Return a tile in pieces of K of its depth."""
         pieces = ()
         for i in tl.static_range((depth + K - 1) // K):
-            pieces += (_tile(weight, tile, columns, depth, i * K, False, K, N, PARTS),)
+            pieces += (_tile(weight, tile * N, columns, columns, depth, i * K, False, K, N,
+                             PARTS),)
         return pieces
 
     @triton.jit
-    def _rows(x, rows, depth: tl.constexpr, begin: tl.constexpr, M: tl.constexpr,
+    def _rows(x, zero, rows, depth: tl.constexpr, begin: tl.constexpr, M: tl.constexpr,
               K: tl.constexpr, PARTS: tl.constexpr):
         """Return x (PARTS, M, K / PARTS); never from a cache that other programs do not write."""
         at = begin + (tl.arange(0, PARTS)[:, None, None] * (K // PARTS)
                       + tl.arange(0, K // PARTS)[None, None, :])
-        row = tl.arange(0, M)[None, :, None]
-        return tl.load(x + row * depth + at, (row < rows) & (at < depth), 0.0,
-                       cache_modifier='.cg')
+        row = (zero + tl.arange(0, M))[None, :, None]
+        there = row < rows
+        if begin + K > depth:
+            there &= at < depth
+        return tl.load(x + row * depth + at, there, 0.0, cache_modifier='.cg')
 
     @triton.jit
     def _signal(signal, rows, depth: tl.constexpr, row_stride, PER_ROW: tl.constexpr,
@@ -162,14 +199,17 @@ if triton is not None:
         at = (tl.arange(0, PARTS)[:, None, None] * (K // PARTS)
               + tl.arange(0, K // PARTS)[None, None, :])
         row = tl.arange(0, M if PER_ROW else 1)[None, :, None]
-        return tl.load(signal + row * row_stride + at, (row < rows) & (at < depth), 0.0)
+        there = row < rows
+        if K > depth:
+            there &= at < depth
+        return tl.load(signal + row * row_stride + at, there, 0.0)
 
     @triton.jit
-    def _normalised(x, shift, gain, rows, depth: tl.constexpr, EPSILON: tl.constexpr,
+    def _normalised(x, zero, shift, gain, rows, depth: tl.constexpr, EPSILON: tl.constexpr,
                     MODULATE: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
                     PARTS: tl.constexpr):
         """Return the RMS norm of x, modulated, as a product takes it."""
-        raw = _rows(x, rows, depth, 0, M, K, PARTS)
+        raw = _rows(x, zero, rows, depth, 0, M, K, PARTS)
         wide = raw.to(tl.float32)
         square = tl.sum(tl.sum(wide * wide, 2), 0)
         wide = wide * tl.rsqrt(square / depth + EPSILON)[None, :, None]
@@ -178,33 +218,34 @@ if triton is not None:
         return wide.to(raw.dtype)
 
     @triton.jit
-    def _store_tile(out, a, w, tile, rows, columns, GATED: tl.constexpr, M: tl.constexpr,
+    def _store_tile(out, a, w, column, end, rows, columns, GATED: tl.constexpr, M: tl.constexpr,
                     N: tl.constexpr):
         kept: tl.constexpr = N // 2 if GATED else N
         total = tl.sum(tl.dot(a, w), 0)
         if GATED:
             opened, value = tl.split(tl.reshape(total, (M, kept, 2)))
             total = opened * tl.sigmoid(opened) * value
-        row, column = tl.arange(0, M)[:, None], (tile * kept + tl.arange(0, kept))[None, :]
+        row, column = tl.arange(0, M)[:, None], (column + tl.arange(0, kept))[None, :]
         tl.store(out + row * columns + column, total.to(out.dtype.element_ty),
-                 (row < rows) & (column < columns))
+                 (row < rows) & (column < end))
 
     @triton.jit
-    def _from_norm(x, out, w, weight, shift, gain, rows, columns, depth: tl.constexpr,
+    def _from_norm(x, out, w, weight, one, zero, shift, gain, rows, columns, depth: tl.constexpr,
                    MODULATE: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr,
                    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
-                   TILES: tl.constexpr):
+                   SHARE: tl.constexpr):
         """Store (modulated norm of x) @ weight.T; w: the first tiles of the weight."""
-        a = _normalised(x, shift, gain, rows, depth, EPSILON, MODULATE, M, K, PARTS)
+        a = _normalised(x, zero, shift, gain, rows, depth, EPSILON, MODULATE, M, K, PARTS)
         kept: tl.constexpr = N // 2 if GATED else N
-        tile = tl.program_id(0)
-        for i in tl.static_range(TILES):
-            _store_tile(out, a, w[i], tile, rows, columns, GATED, M, N)
-            tile += tl.num_programs(0)
-        while tile * kept < columns:
-            more = _tile(weight, tile, columns, depth, 0, GATED, K, N, PARTS)
-            _store_tile(out, a, more, tile, rows, columns, GATED, M, N)
-            tile += tl.num_programs(0)
+        column, end = one * SHARE, tl.minimum(one * SHARE + SHARE, columns)
+        for i in tl.static_range(min(3, (SHARE + kept - 1) // kept)):
+            _store_tile(out, a, w[i], column, end, rows, columns, GATED, M, N)
+            column += kept
+        if SHARE > 3 * kept:
+            while column < end:
+                more = _tile(weight, column, end, columns, depth, 0, GATED, K, N, PARTS)
+                _store_tile(out, a, more, column, end, rows, columns, GATED, M, N)
+                column += kept
 
     @triton.jit
     def _gate(gate, rows, columns, row_stride, tile, M: tl.constexpr, N: tl.constexpr):
@@ -213,14 +254,14 @@ if triton is not None:
                        0.0).to(tl.float32)
 
     @triton.jit
-    def _onto(x, a, w, factor, weight, gate, rows, columns, depth: tl.constexpr, row_stride,
+    def _onto(x, a, w, factor, weight, one, gate, rows, columns, depth: tl.constexpr, row_stride,
               GATE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
               PARTS: tl.constexpr):
         """Add gate * (a @ weight.T) to x. a, w: in pieces of K of the depth.
 
         w, factor: the first tile of the weight, and of the gate.
         """
-        tile = tl.program_id(0)
+        tile = one
         while tile * N < columns:
             row, column = tl.arange(0, M)[:, None], (tile * N + tl.arange(0, N))[None, :]
             kept, place = (row < rows) & (column < columns), x + row * columns + column
@@ -235,12 +276,12 @@ if triton is not None:
                 factor = _gate(gate, rows, columns, row_stride, tile, M, N)
 
     @triton.jit
-    def _all_rows(a, rows, depth: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    def _all_rows(a, zero, rows, depth: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
                   PARTS: tl.constexpr):
         """Return `_rows` in pieces of K of their depth."""
         pieces = ()
         for i in tl.static_range((depth + K - 1) // K):
-            pieces += (_rows(a, rows, depth, i * K, M, K, PARTS),)
+            pieces += (_rows(a, zero, rows, depth, i * K, M, K, PARTS),)
         return pieces
 
     @triton.jit
@@ -266,11 +307,11 @@ if triton is not None:
                 (high_wide * straight[1] + low_wide * swapped[1]).to(low.dtype))
 
     @triton.jit
-    def _own_attention(qkv, tables, rows, scale, HEADS: tl.constexpr, EPSILON: tl.constexpr,
+    def _own_attention(qkv, zero, tables, rows, scale, HEADS: tl.constexpr, EPSILON: tl.constexpr,
                        M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr):
         """Return what all heads attend to, in groups of heads (GROUP, M, D)."""
         across: tl.constexpr = HEADS * D
-        row, d = tl.arange(0, M)[None, :, None], tl.arange(0, D)[None, None, :]
+        row, d = (zero + tl.arange(0, M))[None, :, None], tl.arange(0, D)[None, None, :]
         half = tl.arange(0, D // 2)[None, None, :]
         group = tl.arange(0, GROUP)[:, None, None]
         read = ()
@@ -307,7 +348,8 @@ if triton is not None:
                 PER_ROW: tl.constexpr, PHASE: tl.constexpr, EPSILON: tl.constexpr,
                 M: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DEEP: tl.constexpr,
                 GROUP: tl.constexpr, PARTS: tl.constexpr, MERGED: tl.constexpr,
-                AHEAD: tl.constexpr, QKV: tl.constexpr, GATE: tl.constexpr, TILES: tl.constexpr):
+                AHEAD: tl.constexpr, RELAXED: tl.constexpr, QKV: tl.constexpr, QUERY: tl.constexpr, GATE: tl.constexpr, QKV_TILE: tl.constexpr,
+                GATE_TILE: tl.constexpr):
         """Go through blocks first .. last - 1 of all weights; PHASE: through this one only.
 
         MERGED: every program computes the attention within the chunk, of all heads, for its
@@ -316,10 +358,11 @@ if triton is not None:
         D: tl.constexpr = WIDTH // HEADS
         ALL: tl.constexpr = PHASE < 0
         DISTANCE: tl.constexpr = AHEAD if ALL else 0   # what is fetched is this many products on
-        one, programs, done = tl.program_id(0), tl.num_programs(0), 0
+        programs, done = tl.num_programs(0), 0
         weights = (qkv_w, proj_w, query_w, cross_w, gate_w, mlp_w)
         for i in tl.static_range(1, DISTANCE):
-            _fetch_weights(weights, first, last, i, WIDTH, HIDDEN, QKV, GATE, TILES, DISTANCE)
+            _fetch_weights(weights, tl.program_id(0), first, last, i, WIDTH, HIDDEN, QKV, GATE,
+                           DISTANCE)
         block = first
         while block < last:
             shift_a = modulation + block * mod_block
@@ -327,35 +370,37 @@ if triton is not None:
             shift_m, gain_m = shift_a + 3 * mod_kind, shift_a + 4 * mod_kind
             gate_m = shift_a + 5 * mod_kind
             if ALL or PHASE == 0:
+                one = _program(ALL)
                 weight = qkv_w + block * 3 * WIDTH * WIDTH
-                w = _tiles(weight, 3 * WIDTH, WIDTH, False, K, QKV, PARTS, TILES)
+                w = _tiles(weight, one, 3 * WIDTH, WIDTH, False, K, QKV_TILE, PARTS, QKV)
                 shift = _signal(shift_a, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
                 gain = _signal(gain_a, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
-                _fetch_weights(weights, block, last, DISTANCE, WIDTH, HIDDEN, QKV, GATE, TILES,
+                _fetch_weights(weights, one, block, last, DISTANCE, WIDTH, HIDDEN, QKV, GATE,
                                DISTANCE)
                 if DISTANCE:
-                    if one < HEADS:
-                        _fetch(keys + block * key_block + one * key_head, count, key_row, D)
-                        _fetch(values + block * value_block + one * value_head, count, value_row,
-                               D)
-                    elif one < HEADS + 6:
-                        _fetch(shift_a + mod_block + (one - HEADS) * mod_kind,
-                               (block + 1 < last).to(tl.int32) * (rows if PER_ROW else 1),
+                    head = programs - 1 - one   # those that have less to do elsewhere
+                    if head < HEADS:
+                        _fetch_heads(keys + block * key_block + head * key_head, count, key_row)
+                        _fetch_heads(values + block * value_block + head * value_head, count,
+                                     value_row)
+                    if one < 6 and block + 1 < last:
+                        _fetch(shift_a + mod_block + one * mod_kind, rows if PER_ROW else 1,
                                mod_row, WIDTH)
-                _wait(counter, done, ALL)
-                _from_norm(x, qkv, w, weight, shift, gain, rows, 3 * WIDTH, WIDTH, True, False,
-                           EPSILON, M, QKV, K, PARTS, TILES)
+                zero = _wait(counter, done, ALL, RELAXED)
+                _from_norm(x, qkv, w, weight, one, zero, shift, gain, rows, 3 * WIDTH, WIDTH, True,
+                           False, EPSILON, M, QKV_TILE, K, PARTS, QKV)
                 done = _arrive(counter, done, ALL)
             table = block * rows * 2 * D
             if (ALL or PHASE == 1) and not MERGED:
-                head = one
-                _wait(counter, done, ALL)
+                head = _program(ALL)
+                zero = _wait(counter, done, ALL, RELAXED)
                 while head < HEADS:
                     kernels._attend_own(qkv, straight + table, swapped + table, attended, head,
                                         rows, HEADS, scale, EPSILON, M, D, False)
                     head += programs
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 2:
+                one = _program(ALL)
                 weight = proj_w + block * WIDTH * WIDTH
                 factor = _gate(gate_a, rows, WIDTH, mod_row, one, M, 8)
                 if MERGED:
@@ -363,34 +408,36 @@ if triton is not None:
                     tables = _tables(straight + table, swapped + table, rows, M, D)
                 else:
                     w = _pieces(weight, one, WIDTH, WIDTH, K, 8, PARTS)
-                _fetch_weights(weights, block, last, 1 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               TILES, DISTANCE)
-                _wait(counter, done, ALL)
+                _fetch_weights(weights, one, block, last, 1 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
+                               DISTANCE)
+                zero = _wait(counter, done, ALL, RELAXED)
                 if MERGED:
-                    a = _own_attention(qkv, tables, rows, scale, HEADS, EPSILON, M, D, GROUP)
-                    _onto(x, a, w, factor, weight, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
+                    a = _own_attention(qkv, zero, tables, rows, scale, HEADS, EPSILON, M, D, GROUP)
+                    _onto(x, a, w, factor, weight, one, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
                           8, GROUP * D, GROUP)
                 else:
-                    a = _all_rows(attended, rows, WIDTH, M, K, PARTS)
-                    _onto(x, a, w, factor, weight, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
+                    a = _all_rows(attended, zero, rows, WIDTH, M, K, PARTS)
+                    _onto(x, a, w, factor, weight, one, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
                           8, K, PARTS)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 3:
+                one = _program(ALL)
                 weight = query_w + block * WIDTH * WIDTH
-                w = _tiles(weight, WIDTH, WIDTH, False, K, 8, PARTS, 1)
-                _fetch_weights(weights, block, last, 2 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               TILES, DISTANCE)
-                _wait(counter, done, ALL)
-                _from_norm(x, queries, w, weight, x, x, rows, WIDTH, WIDTH, False, False, EPSILON,
-                           M, 8, K, PARTS, 1)
+                w = _tiles(weight, one, WIDTH, WIDTH, False, K, 8, PARTS, QUERY)
+                _fetch_weights(weights, one, block, last, 2 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
+                               DISTANCE)
+                zero = _wait(counter, done, ALL, RELAXED)
+                _from_norm(x, queries, w, weight, one, zero, x, x, rows, WIDTH, WIDTH, False, False,
+                           EPSILON, M, 8, K, PARTS, QUERY)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 4:
+                one = _program(ALL)
                 head = one
                 k, v, added = kernels._context(
                     keys + block * key_block, values + block * value_block, key_scale + block * D,
                     bias, head, count, HEADS, key_head, key_row, value_head, value_row, EPSILON,
                     True, BIAS, S, D)
-                _wait(counter, done, ALL)
+                zero = _wait(counter, done, ALL, RELAXED)
                 while head < HEADS:
                     kernels._attend_context(queries, k, v, added, attended, head, rows, count,
                                             HEADS, scale, EPSILON, M, S, D)
@@ -401,34 +448,37 @@ if triton is not None:
                         value_head, value_row, EPSILON, True, BIAS, S, D)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 5:
+                one = _program(ALL)
                 weight = cross_w + block * WIDTH * WIDTH
                 w = _pieces(weight, one, WIDTH, WIDTH, K, 8, PARTS)
-                _fetch_weights(weights, block, last, 3 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               TILES, DISTANCE)
-                _wait(counter, done, ALL)
-                a = _all_rows(attended, rows, WIDTH, M, K, PARTS)
-                _onto(x, a, w, 1.0, weight, x, rows, WIDTH, WIDTH, mod_row, False, M, 8, K, PARTS)
+                _fetch_weights(weights, one, block, last, 3 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
+                               DISTANCE)
+                zero = _wait(counter, done, ALL, RELAXED)
+                a = _all_rows(attended, zero, rows, WIDTH, M, K, PARTS)
+                _onto(x, a, w, 1.0, weight, one, x, rows, WIDTH, WIDTH, mod_row, False, M, 8, K, PARTS)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 6:
+                one = _program(ALL)
                 weight = gate_w + block * 2 * HIDDEN * WIDTH
-                w = _tiles(weight, HIDDEN, WIDTH, True, K, GATE, PARTS, TILES)
+                w = _tiles(weight, one, HIDDEN, WIDTH, True, K, 2 * GATE_TILE, PARTS, GATE)
                 shift = _signal(shift_m, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
                 gain = _signal(gain_m, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
-                _fetch_weights(weights, block, last, 4 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               TILES, DISTANCE)
-                _wait(counter, done, ALL)
-                _from_norm(x, hidden, w, weight, shift, gain, rows, HIDDEN, WIDTH, True, True,
-                           EPSILON, M, GATE, K, PARTS, TILES)
+                _fetch_weights(weights, one, block, last, 4 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
+                               DISTANCE)
+                zero = _wait(counter, done, ALL, RELAXED)
+                _from_norm(x, hidden, w, weight, one, zero, shift, gain, rows, HIDDEN, WIDTH, True, True,
+                           EPSILON, M, 2 * GATE_TILE, K, PARTS, GATE)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 7:
+                one = _program(ALL)
                 weight = mlp_w + block * WIDTH * HIDDEN
                 factor = _gate(gate_m, rows, WIDTH, mod_row, one, M, 8)
                 w = _pieces(weight, one, WIDTH, HIDDEN, DEEP, 8, PARTS)
-                _fetch_weights(weights, block, last, 5 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               TILES, DISTANCE)
-                _wait(counter, done, ALL)
-                a = _all_rows(hidden, rows, HIDDEN, M, DEEP, PARTS)
-                _onto(x, a, w, factor, weight, gate_m, rows, WIDTH, HIDDEN, mod_row, True, M, 8,
+                _fetch_weights(weights, one, block, last, 5 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
+                               DISTANCE)
+                zero = _wait(counter, done, ALL, RELAXED)
+                a = _all_rows(hidden, zero, rows, HIDDEN, M, DEEP, PARTS)
+                _onto(x, a, w, factor, weight, one, gate_m, rows, WIDTH, HIDDEN, mod_row, True, M, 8,
                       DEEP, PARTS)
                 done = _arrive(counter, done, ALL)
             block += 1
@@ -481,7 +531,7 @@ def why_not(width: int, hidden: int, device: torch.device) -> str:
 
 
 # How the kernel goes about it: core/persistent.py's constants of the same names.
-TUNING = {'MERGED': True, 'AHEAD': 3, 'QKV': 8, 'GATE': 16, 'TILES': 3}
+TUNING = {'MERGED': True, 'AHEAD': 3, 'RELAXED': False, 'QKV_TILE': 8, 'GATE_TILE': 8}
 
 
 def run_blocks(x: Tensor, weights: StackedWeights, modulation: Tensor, keys: Tensor,
@@ -505,8 +555,15 @@ def run_blocks(x: Tensor, weights: StackedWeights, modulation: Tensor, keys: Ten
     if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
         tuning['AHEAD'] = 0
 
-    def launch(first: int, last: int, phase: int, programs: int, **options: bool) -> None:
-        _blocks[(programs,)](
+    processors = 3
+    if x.is_cuda:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+
+    def share(columns: int) -> int:   # of a program: a multiple of 8
+        return triton.cdiv(columns, 8 * processors) * 8
+
+    def launch(first: int, last: int, phase: int, **options: bool) -> None:
+        _blocks[(processors,)](
             x, *scratch, modulation, *modulation.stride()[:2], per_row * modulation.stride(2),
             weights.qkv, weights.proj, weights.query, weights.cross, weights.gate_and_value,
             weights.mlp, weights.straight, weights.swapped, keys, *keys.stride()[:3], values,
@@ -515,15 +572,14 @@ def run_blocks(x: Tensor, weights: StackedWeights, modulation: Tensor, keys: Ten
             BIAS=bias is not None, PER_ROW=per_row, PHASE=phase, EPSILON=EPS,
             M=kernels._power(rows), S=kernels._power(count), K=kernels._power(width, 16 * WARPS),
             DEEP=min(1024, kernels._power(hidden, 16 * WARPS)),
-            GROUP=min(WARPS, kernels._power(heads, 1)), PARTS=WARPS, num_warps=WARPS, **tuning,
-            **options)
+            GROUP=min(WARPS, kernels._power(heads, 1)), PARTS=WARPS, num_warps=WARPS,
+            QKV=share(3 * width), QUERY=share(width), GATE=share(hidden), **tuning, **options)
 
     if x.is_cuda:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         # cooperative: started when there is room for all programs, since each waits for all
-        launch(0, blocks, -1, processors, launch_cooperative_grid=True)
+        launch(0, blocks, -1, launch_cooperative_grid=True)
         return x
     for block in range(blocks):
         for phase in range(PHASES):
-            launch(block, block + 1, phase, 3)
+            launch(block, block + 1, phase)
     return x
