@@ -260,7 +260,7 @@ class FusedDiT(nn.Module):
         return self.decode_out(self.decode_in(rms_norm(x)) + offset).to(z.dtype)
 
     def in_one_kernel(self, keys: Tensor) -> bool:
-        """Return whether one kernel does all blocks: for one chunk. keys: (blocks, B, heads, S, d)."""
+        """Return whether one kernel does all blocks, from keys (blocks, B, heads, S, d)."""
         return not self.why_apart and keys.shape[1] == 1 and keys.shape[3] <= kernels.MOST_KEYS
 
     def _why_apart(self) -> str:

@@ -125,13 +125,14 @@ if triton is not None:
     def _fetch_weights(weights, one, block, last, WHICH: tl.constexpr, WIDTH: tl.constexpr,
                        HIDDEN: tl.constexpr, QKV: tl.constexpr, GATE: tl.constexpr,
                        AHEAD: tl.constexpr):
-        """Fetch what this program takes of the weight that is number WHICH of a block, or later."""
+        """Fetch this program's part of the weight that is number WHICH of a block, or later."""
         if AHEAD:
             kind: tl.constexpr = WHICH % 6
             block += WHICH // 6
             if block < last:
                 if kind == 0:
-                    _fetch_lines(weights[0] + block * 3 * WIDTH * WIDTH, one, 3 * WIDTH, WIDTH, QKV)
+                    _fetch_lines(weights[0] + block * 3 * WIDTH * WIDTH, one, 3 * WIDTH, WIDTH,
+                                 QKV)
                 elif kind == 4:
                     gate = weights[4] + block * 2 * HIDDEN * WIDTH
                     _fetch_lines(gate, one, HIDDEN, WIDTH, GATE)
@@ -348,7 +349,8 @@ if triton is not None:
                 PER_ROW: tl.constexpr, PHASE: tl.constexpr, EPSILON: tl.constexpr,
                 M: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DEEP: tl.constexpr,
                 GROUP: tl.constexpr, PARTS: tl.constexpr, MERGED: tl.constexpr,
-                AHEAD: tl.constexpr, RELAXED: tl.constexpr, QKV: tl.constexpr, QUERY: tl.constexpr, GATE: tl.constexpr, QKV_TILE: tl.constexpr,
+                AHEAD: tl.constexpr, RELAXED: tl.constexpr, QKV: tl.constexpr,
+                QUERY: tl.constexpr, GATE: tl.constexpr, QKV_TILE: tl.constexpr,
                 GATE_TILE: tl.constexpr):
         """Go through blocks first .. last - 1 of all weights; PHASE: through this one only.
 
@@ -413,12 +415,12 @@ if triton is not None:
                 zero = _wait(counter, done, ALL, RELAXED)
                 if MERGED:
                     a = _own_attention(qkv, zero, tables, rows, scale, HEADS, EPSILON, M, D, GROUP)
-                    _onto(x, a, w, factor, weight, one, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
-                          8, GROUP * D, GROUP)
+                    _onto(x, a, w, factor, weight, one, gate_a, rows, WIDTH, WIDTH, mod_row, True,
+                          M, 8, GROUP * D, GROUP)
                 else:
                     a = _all_rows(attended, zero, rows, WIDTH, M, K, PARTS)
-                    _onto(x, a, w, factor, weight, one, gate_a, rows, WIDTH, WIDTH, mod_row, True, M,
-                          8, K, PARTS)
+                    _onto(x, a, w, factor, weight, one, gate_a, rows, WIDTH, WIDTH, mod_row, True,
+                          M, 8, K, PARTS)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 3:
                 one = _program(ALL)
@@ -427,8 +429,8 @@ if triton is not None:
                 _fetch_weights(weights, one, block, last, 2 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
                                DISTANCE)
                 zero = _wait(counter, done, ALL, RELAXED)
-                _from_norm(x, queries, w, weight, one, zero, x, x, rows, WIDTH, WIDTH, False, False,
-                           EPSILON, M, 8, K, PARTS, QUERY)
+                _from_norm(x, queries, w, weight, one, zero, x, x, rows, WIDTH, WIDTH, False,
+                           False, EPSILON, M, 8, K, PARTS, QUERY)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 4:
                 one = _program(ALL)
@@ -455,7 +457,8 @@ if triton is not None:
                                DISTANCE)
                 zero = _wait(counter, done, ALL, RELAXED)
                 a = _all_rows(attended, zero, rows, WIDTH, M, K, PARTS)
-                _onto(x, a, w, 1.0, weight, one, x, rows, WIDTH, WIDTH, mod_row, False, M, 8, K, PARTS)
+                _onto(x, a, w, 1.0, weight, one, x, rows, WIDTH, WIDTH, mod_row, False, M, 8, K,
+                      PARTS)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 6:
                 one = _program(ALL)
@@ -466,8 +469,8 @@ if triton is not None:
                 _fetch_weights(weights, one, block, last, 4 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
                                DISTANCE)
                 zero = _wait(counter, done, ALL, RELAXED)
-                _from_norm(x, hidden, w, weight, one, zero, shift, gain, rows, HIDDEN, WIDTH, True, True,
-                           EPSILON, M, 2 * GATE_TILE, K, PARTS, GATE)
+                _from_norm(x, hidden, w, weight, one, zero, shift, gain, rows, HIDDEN, WIDTH, True,
+                           True, EPSILON, M, 2 * GATE_TILE, K, PARTS, GATE)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 7:
                 one = _program(ALL)
@@ -478,8 +481,8 @@ if triton is not None:
                                DISTANCE)
                 zero = _wait(counter, done, ALL, RELAXED)
                 a = _all_rows(hidden, zero, rows, HIDDEN, M, DEEP, PARTS)
-                _onto(x, a, w, factor, weight, one, gate_m, rows, WIDTH, HIDDEN, mod_row, True, M, 8,
-                      DEEP, PARTS)
+                _onto(x, a, w, factor, weight, one, gate_m, rows, WIDTH, HIDDEN, mod_row, True, M,
+                      8, DEEP, PARTS)
                 done = _arrive(counter, done, ALL)
             block += 1
 
@@ -530,7 +533,7 @@ def why_not(width: int, hidden: int, device: torch.device) -> str:
     return ''
 
 
-# How the kernel goes about it: core/persistent.py's constants of the same names.
+# How the kernel goes about it: variants that are being compared.
 TUNING = {'MERGED': True, 'AHEAD': 3, 'RELAXED': False, 'QKV_TILE': 8, 'GATE_TILE': 8}
 
 
