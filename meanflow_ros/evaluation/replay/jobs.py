@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
+import cv2
 import torch
 
 from meanflow_ros.evaluation.replay.acting import Acting, make_acting
@@ -118,6 +119,8 @@ def run_with_ray(bags: Sequence[Path], settings: ReplaySettings, directory: Path
 
 def _begin_worker(settings: ReplaySettings) -> None:
     global _acting
+    torch.set_num_threads(settings.threads)     # while the checkpoint is read, too
+    cv2.setNumThreads(settings.threads)
     _acting = make_acting(settings)
 
 
