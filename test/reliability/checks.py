@@ -95,7 +95,8 @@ class Checker:
         """Check a command of elbow, grip and turn against the one before.
 
         A command may be late, and then moves as far as in one period: the period is what the
-        stamps say, at most the nominal one. After a lost message nothing can be said.
+        stamps say, at most the nominal one. After a lost message nothing can be said, and after
+        one that was held up on its way nothing but of position and velocity.
         """
         names, which = DIMENSIONS[1:], slice(1, None)
         self.commands += 1
@@ -112,6 +113,8 @@ class Checker:
             self._before = before         # simulated time has not gone on
             return
         self._where = f' ({gap_s:.4f} s after the last by arrival, {passed_s:.4f} s by stamp)'
+        held_up = (not self.simulated_time and 0 <= passed_s <= STOOD_S
+                   and gap_s - passed_s > LATE_S)
         if self.simulated_time or abs(gap_s - passed_s) < LATE_S:
             gap_s = passed_s              # the clocks agree: stamps are the better measure
         if gap_s > STOOD_S or passed_s < 0:      # positions are held, and Servo has halted
@@ -124,6 +127,9 @@ class Checker:
         stops = np.array([1, 1, values[2] != 0])  # who says stop may have a rate end at once
         now.change, change_before = now.change * stops, before.change * stops
         now.second = 2 * (now.change - change_before) / whole_s
+        if held_up:
+            self.refused['held up'] += 1
+            now.second = _unknown()
         jerk = 3 * (now.second - before.second * stops) / (whole_s + before.periods_s[1])
         for what, of_this, limit in (('velocity', now.change, VELOCITY), (
                 'acceleration', now.second, ACCELERATION), ('jerk', jerk, JERK)):
@@ -132,6 +138,8 @@ class Checker:
             limited = np.isfinite(limit[which])
             self._within(at, what, np.abs(of_this[limited]) / limit[which][limited],
                          np.array(names)[limited])
+        if held_up:
+            now.change = _unknown()
         if np.abs(values - before.values).max() > STILL or abs(values[2]) > STILL:
             self.moved['stream'] = at
 
