@@ -148,6 +148,17 @@ def test_after_a_command_that_was_held_up_only_its_position_and_velocity_are_kno
                                                        stamp_s=stamps).violations)
 
 
+def test_what_a_controller_does_after_a_trajectory_that_was_held_up_is_no_violation():
+    times, points = [0.1, 0.2], [[0.2], [0.2]]
+    for arrival_s, violations in ((1.05, 2), (2.05, 1)):
+        found = Checker()
+        found.take(['j', 1.0, 5 * 10**9, times, points, [[0.0]] * 2])
+        found.take(['j', arrival_s, 5 * 10**9 + 5 * 10**7, times, points, [[0.0]] * 2])
+        for later_s in (0.1, 0.4):
+            found.take(['s', arrival_s + later_s, 0.2, 2 * VELOCITY[0]])
+        assert (found.violated, found.refused['held up']) == (violations, 2 - violations)
+
+
 def test_a_position_outside_its_limits_is_a_violation():
     assert checked([UPPER[1:], LOWER[1:]]).violations[0].find('position') == -1
     outside = UPPER[1:] + [1e-3 * (UPPER[1] - LOWER[1]), 0, 0]

@@ -61,6 +61,8 @@ class Checker:
         self.simulated_time = False
         self._where = ''
         self._before: _Command | None = None
+        self._sent = 0.0, -1 << 62   # arrival and stamp of the last trajectory
+        self._hurries_until_s = 0.0
 
     def forget(self) -> None:
         """Begin anew: a new controller, or a node that knows nothing of before."""
@@ -72,7 +74,7 @@ class Checker:
         if kind == 'c':
             self._stream(at, rest[0], rest[1], np.array(rest[2:], float))
         elif kind == 'j':
-            self._trajectory(at, *rest[1:])
+            self._trajectory(at, *rest)
         elif kind == 's':
             self._set_point(at, *rest)
         elif kind == 'h':
@@ -143,8 +145,16 @@ class Checker:
         if np.abs(values - before.values).max() > STILL or abs(values[2]) > STILL:
             self.moved['stream'] = at
 
-    def _trajectory(self, at: float, times, positions, velocities) -> None:
-        """Check the points of a trajectory for the shoulder."""
+    def _trajectory(self, at: float, stamp_ns: int, times, positions, velocities) -> None:
+        """Check the points of a trajectory for the shoulder.
+
+        After one that was held up on its way the controller hurries: nothing is said of that.
+        """
+        arrived_s, before_ns = self._sent
+        passed_s, self._sent = (stamp_ns - before_ns) / 1e9, (at, stamp_ns)
+        if not self.simulated_time and 0 <= passed_s <= LATE_S < at - arrived_s - passed_s:
+            self.refused['held up'] += 1
+            self._hurries_until_s = at + LATE_S
         self._where = ''
         times, positions = np.array(times), np.array(positions, float)
         names = DIMENSIONS[:1]
@@ -170,9 +180,10 @@ class Checker:
         """
         self._where = ''
         share, what = abs(velocity) / VELOCITY[0], 'velocity of the set-point of shoulder'
-        self.worst[what] = max(self.worst[what], float(share))
-        if share > SET_POINT_ROOM:
-            self._wrong(at, f'{what} is {share:.4g} x its limit')
+        if at > self._hurries_until_s:
+            self.worst[what] = max(self.worst[what], float(share))
+            if share > SET_POINT_ROOM:
+                self._wrong(at, f'{what} is {share:.4g} x its limit')
         if abs(velocity) > 1e-6:
             self.moved['trajectory'] = at
 
