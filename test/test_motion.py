@@ -639,6 +639,31 @@ def test_after_silence_a_stream_waits_until_the_robot_stands_and_goes_on_from_th
     assert np.abs(gripper.values - held).max() < 0.2       # not the jump of 0.8 to the new chunk
 
 
+@pytest.mark.parametrize('output, receiver', [
+    (ForwardCommandOutput, ForwardCommandController(1)),
+    (JointTrajectoryOutput, JointTrajectoryController(['q'], [0.0]))])
+def test_while_it_is_silenced_again_and_again_a_robot_does_not_begin_to_move(output, receiver):
+    driven = clamped(output(topic='t', dimensions=('q',)), receiver, 1.1, 7.0)
+
+    def chunk():
+        driven.motion.feel(np.atleast_1d(receiver.values if output.streams else
+                                         receiver.state(driven.now_ns)[0]))
+        return driven.chunk(np.full((16, 1), 1.5))
+
+    driven.motion.feel(np.zeros(1))
+    driven.chunk(np.full((16, 1), 1.5))
+    driven.run(0.3)
+    driven.motion.silence('robot_description', driven.now_ns)
+    count = len(driven.wire.sent)
+    for _ in range(30):
+        driven.run(0.04)
+        assert chunk() is None
+        driven.motion.silence('robot_description', driven.now_ns)
+    assert len(driven.wire.sent) == count and not driven.motion.moving
+    driven.run(0.12)
+    assert chunk() is not None and driven.motion.moving
+
+
 def test_the_last_command_of_a_velocity_that_is_held_is_zero():
     config = MotionConfig(outputs=(ForwardCommandOutput(topic='v', dimensions=('vx',)),),
                           limits={'acceleration': {'vx': 0.5}})
@@ -774,7 +799,7 @@ def test_alone_a_trajectory_controller_ends_its_trajectory_after_a_long_jump_bac
     driven.run(0.3)
     driven.wire.now_ns -= 10**10
     driven.motion.clock_jumped(driven.now_ns)
-    driven.run(0.1)
+    driven.run(0.2)
     assert len(driven.wire.sent) == 1 and driven.motion.stopped == 'clock jump'
     driven.chunk(steady(np.zeros(8)))
     assert len(driven.wire.sent) == 2 and driven.motion.stopped is None

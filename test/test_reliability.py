@@ -63,12 +63,13 @@ def test_every_input_is_dropped_delayed_duplicated_reordered_frozen_corrupted_an
 HOME = np.array([0.2, 0.1, 0.007, 0.0])
 
 
-def checked(rows, period_s=PERIOD_S, arrival_s=None):
+def checked(rows, period_s=PERIOD_S, arrival_s=None, stamp_s=None):
     """Return a checker that has taken these commands (N, 3) of elbow, grip and turn."""
     checker = Checker()
     for number, row in enumerate(rows):
         at = number * period_s if arrival_s is None else arrival_s[number]
-        checker.take(['c', 5 + at, number + 1, round(1e9 * (7 + at)), *row])
+        stamp = at if stamp_s is None else stamp_s[number]
+        checker.take(['c', 5 + at, number + 1, round(1e9 * (7 + stamp)), *row])
     return checker
 
 
@@ -123,6 +124,39 @@ def test_after_a_gap_positions_hold_and_a_rate_is_over():
     assert any('turn' in words for words in stopped.violations)
     small = HOME[1:] + [0.0, 0.0, ACCELERATION[3] * PERIOD_S**2 / 2]
     assert checked([HOME[1:], HOME[1:], small], arrival_s=arrivals).violated == 0
+
+
+def test_after_a_command_that_was_held_up_only_its_position_and_velocity_are_known():
+    """The node is stopped with a command on its way, which comes when it continues."""
+    stamps = [0.0, 0.02, 0.04, 1.065, 1.085, 1.105, 1.125]
+    arrivals = [0.0, 0.02, 1.06, *stamps[3:]]
+    rows = np.tile(HOME[1:], (7, 1))
+    rows[:, 0] += np.cumsum([0, 0.006, 0.006, 0, 0, 0, 0])
+    found = checked(rows, arrival_s=arrivals, stamp_s=stamps)
+    assert found.violated == 0 and found.refused['held up'] == 1
+    fast = rows.copy()
+    fast[2:, 0] += 1.2 * VELOCITY[1] * PERIOD_S
+    assert 'velocity of elbow' in ' '.join(checked(fast, arrival_s=arrivals,
+                                                   stamp_s=stamps).violations)
+    far = rows.copy()
+    far[2, 0] = 1.1 * UPPER[1]
+    assert 'position of elbow' in ' '.join(checked(far, arrival_s=arrivals,
+                                                   stamp_s=stamps).violations)
+    later = rows.copy()
+    later[5:, 0] += 1.5 * ACCELERATION[1] * PERIOD_S**2
+    assert 'acceleration of elbow' in ' '.join(checked(later, arrival_s=arrivals,
+                                                       stamp_s=stamps).violations)
+
+
+def test_what_a_controller_does_after_a_trajectory_that_was_held_up_is_no_violation():
+    times, points = [0.1, 0.2], [[0.2], [0.2]]
+    for arrival_s, violations in ((1.05, 2), (2.05, 1)):
+        found = Checker()
+        found.take(['j', 1.0, 5 * 10**9, times, points, [[0.0]] * 2])
+        found.take(['j', arrival_s, 5 * 10**9 + 5 * 10**7, times, points, [[0.0]] * 2])
+        for later_s in (0.1, 0.4):
+            found.take(['s', arrival_s + later_s, 0.2, 2 * VELOCITY[0]])
+        assert (found.violated, found.refused['held up']) == (violations, 2 - violations)
 
 
 def test_a_position_outside_its_limits_is_a_violation():

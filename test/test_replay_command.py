@@ -338,6 +338,14 @@ def test_processes_with_a_network_give_the_numbers_of_one(micro_checkpoint, tmp_
         assert np.abs((ours.actions - theirs.actions) / (UPPER - LOWER)).max() < 1e-5
 
 
+@pytest.mark.parametrize('threads, processes, share', [
+    (16, 4, 4), (16, 16, 1), (7, 3, 2), (2, 5, 1)])
+def test_processes_share_the_threads_and_each_has_one(threads, processes, share, monkeypatch):
+    assert jobs.share_of(threads, processes) == share
+    monkeypatch.setattr(jobs.torch, 'get_num_threads', lambda: threads)
+    assert jobs.share_of(0, processes) == share
+
+
 def test_machines_of_a_ray_cluster_give_the_same_numbers(run, tmp_path):
     pytest.importorskip('ray', reason="Ray is an extra: pip install 'meanflow_ros[ray]'")
     for number in range(2):

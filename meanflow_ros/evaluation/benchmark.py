@@ -213,7 +213,7 @@ def evaluate(make_act: Callable[[Trial], ActBatch], trials: Sequence[Trial],
             if (trial, job.task, job.seed) not in done]
     asked = {job.policy for job in jobs}
     acts = {trial.policy: make_act(trial) for trial in trials if trial.policy in asked}
-    with (open(path, 'a', encoding='utf-8') as file,
+    with (open(path, 'a', encoding='utf-8', buffering=1) as file,
           tqdm(total=len(jobs), desc='episodes', file=sys.stderr, mininterval=2.0) as bar):
         def note(job: Job, result: EpisodeResult) -> None:
             trial = trial_of[job.policy, job.instruction, job.blank_cameras, job.task, job.seed]

@@ -171,12 +171,17 @@ class Motion:
                 output.forget()
 
     def silence(self, reason: str, now_ns: int) -> None:
-        """Halt, and send no more commands of a stream after one that stands still: rates are 0."""
+        """Halt, and send no more commands of a stream after one that stands still: rates are 0.
+
+        No chunk is accepted before the robot has had time to come to rest, after the last silence
+        of several.
+        """
         self.halt(reason, now_ns)
         if self._streaming:
             self._stop = _constant(self._still())
             self._publish(self.guard.last_command(now_ns=now_ns, period_s=self.config.period_s))
-            self._streaming, self._silenced_ns = False, now_ns
+            self._streaming = False
+        self._silenced_ns = now_ns
 
     def hold(self) -> None:
         """Stop a stream within the limits, wherever the safe action has led it."""
@@ -184,8 +189,8 @@ class Motion:
             self._stop = _constant(self.robot.action_space.at_rest(self.guard.commanded))
 
     def _is_coming_to_rest(self, now_ns: int) -> bool:
-        """Whether a stream has just been silenced: its controllers may still move."""
-        if self._silenced_ns is None or self._streaming:
+        """Whether the robot has just been silenced: its controllers may still move."""
+        if self._silenced_ns is None:
             return False
         passed_s = (now_ns - self._silenced_ns) / NANOSECONDS
         return 0 <= passed_s < _STANDING_PERIODS * self.config.period_s

@@ -23,6 +23,9 @@ from meanflow_ros.ros.motion_config import (
     AUTO, ZERO, ForwardCommandOutput, GripperOutput, JointJogOutput, JointTrajectoryOutput,
     TwistOutput)
 
+_ROUNDING = 1e-9           # share of a velocity limit
+_LEAST_STRETCH = 1.001     # of a trajectory's times, again and again until it keeps its limits
+
 
 class Output:
     """A publisher of one controller. streams: it takes commands, otherwise whole chunks."""
@@ -183,7 +186,7 @@ def with_velocities(due_ns: np.ndarray, positions: np.ndarray, max_velocity: np.
     (Fritsch and Butland 1984): between two points a cubic stays between them, so no position
     limit is left. A cubic is faster than the line between its points: the last segment takes half
     as long again if it comes to rest, and all times stretch where a velocity limit asks for it.
-    begin: the velocity (D,) at the first point, where it is known.
+    begin: the velocity (D,) at the first point, where it is known: that does not stretch.
     """
     gaps_s = np.diff(due_ns) / 1e9
     velocities = np.zeros(positions.shape)
@@ -194,10 +197,14 @@ def with_velocities(due_ns: np.ndarray, positions: np.ndarray, max_velocity: np.
         before, after = slopes[:-1], slopes[1:]
         with np.errstate(invalid='ignore', divide='ignore'):
             velocities[1:-1] = np.where(before * after > 0, 2 / (1 / before + 1 / after), 0.0)
-        velocities[0] = slopes[0] if begin is None else begin
+        velocities[0] = slopes[0] if begin is None else np.clip(begin, -max_velocity, max_velocity)
         velocities[-1] = 0.0 if to_rest else slopes[-1]
-        factor = max(1.0, (_peak(velocities[:-1], velocities[1:], slopes) / max_velocity).max())
-        gaps_s, velocities = gaps_s * factor, velocities / factor
+        stretched = velocities[0 if begin is None else 1:]
+        while (factor := (_peak(velocities[:-1], velocities[1:], slopes)
+                          / max_velocity).max()) > 1 + _ROUNDING:
+            factor = max(factor, _LEAST_STRETCH)
+            gaps_s, slopes = gaps_s * factor, slopes / factor
+            stretched /= factor
     since_s = np.concatenate([[0.0], np.cumsum(gaps_s)])
     return due_ns[0] + np.ceil(since_s * 1e9).astype(np.int64), velocities
 

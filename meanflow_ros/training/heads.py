@@ -164,6 +164,7 @@ def train_heads(configs: Mapping[str, TrainConfig], encoder: Policy, data: PairD
     All configurations have the same number of steps. Returns a policy under each name; they share
     the encoder. FloatingPointError names a network whose loss is no longer finite.
     """
+    torch.set_float32_matmul_precision('high')     # as `train`, wherever the encoder comes from
     heads = {name: _Head(config, encoder, data, features, device)
              for name, config in configs.items()}
     steps = next(iter(configs.values())).steps

@@ -1,6 +1,7 @@
 """How fast a replay is, and how much memory it takes, whatever the length of the recording.
 
     python test/benchmarks/bench_replay.py speed    # against real time, and in batches
+    python test/benchmarks/bench_replay.py speed --jobs 16 --recordings 16       # a folder of them
     python test/benchmarks/bench_replay.py speed --preset large --device cuda    # on a GPU
     python test/benchmarks/bench_replay.py memory   # a bag of 2 GB on disk against one of 20 MB
 
@@ -16,11 +17,12 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -30,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import made_bags as made  # noqa: E402
-from meanflow_ros.core.contract import Observation  # noqa: E402
+from meanflow_ros.core.contract import ActionSpace, Observation  # noqa: E402
 from meanflow_ros.core.encoding_once import EncodingOnce, Question  # noqa: E402
 from meanflow_ros.core.policy import DTYPES, Policy, read_config  # noqa: E402
 from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions  # noqa: E402
@@ -103,7 +105,8 @@ def speed(options) -> None:
             options.preset, Path(folder, 'policy'), options.device)
         if not options.no_replays:
             found['replays'] = replays(checkpoint, Path(folder), options)
-        found['network'] = network(checkpoint, options)
+        if not options.no_network:
+            found['network'] = network(checkpoint, options)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + '\n')
 
@@ -117,15 +120,20 @@ def a_checkpoint(preset: str, folder: Path, device: str) -> Path:
 
 
 def replays(checkpoint: Path, folder: Path, options) -> list[dict]:
-    """Time whole replays of one recording, from the arguments to what is written."""
+    """Time whole replays, from the arguments to what is written; several are copies of one."""
     robot = read_config(checkpoint / 'policy.yaml').robot
     width, height = robot.cameras[0].width, robot.cameras[0].height
-    bag = folder / 'bag'
-    write_bag(bag, robot, options.seconds, width=width, height=height, jpeg=True)
-    common = [str(bag), '--checkpoint', str(checkpoint), '--no-mcap', '--device', options.device,
-              '--dtype', options.dtype, '--batch', str(options.batch)]
-    print(f'{options.seconds:g} s, {len(robot.cameras)} cameras {width}x{height} jpeg at '
-          f'{CAMERA_HZ} Hz, {options.device}, {options.dtype}')
+    first, *others = (folder / 'bags' / f'bag{number:03}' for number in range(options.recordings))
+    first.parent.mkdir()
+    write_bag(first, robot, options.seconds, width=width, height=height, jpeg=True)
+    for other in others:
+        shutil.copytree(first, other)
+    common = [str(first.parent), '--checkpoint', str(checkpoint), '--no-mcap',
+              '--device', options.device, '--dtype', options.dtype,
+              '--batch', str(options.batch), '--jobs', str(options.jobs)]
+    print(f'{options.recordings} x {options.seconds:g} s, {len(robot.cameras)} cameras '
+          f'{width}x{height} jpeg at {CAMERA_HZ} Hz, {options.device}, {options.dtype}, '
+          f'{options.jobs} processes, {os.cpu_count()} cores')
     replayed([*common, '--policy', 'recorded', '--duration', '1', '--out', str(folder / 'warm')])
     runs = [('recorded commands, every observation', ['--policy', 'recorded'])]
     for threads in options.threads:
@@ -133,16 +141,17 @@ def replays(checkpoint: Path, folder: Path, options) -> list[dict]:
         name = f'policy, latency {options.latency}, {threads or "default"} threads'
         runs += [(f'{name}, no probes', [*given, '--probe-every', '0']),
                  (f'{name}, probes every 2 s', given)]
-    found = []
+    length, found = options.recordings * options.seconds, []
     for number, (name, more) in enumerate(runs):
         out = folder / f'out{number}'
         seconds = replayed([*common, *more, '--out', str(out)])
         metrics = json.loads((out / 'metrics.json').read_text())
         found.append({
-            'what': name, 'seconds': seconds, 'times_real_time': options.seconds / seconds,
+            'what': name, 'recordings': options.recordings, 'processes': options.jobs,
+            'seconds': seconds, 'times_real_time': length / seconds,
             'observations': metrics['counts']['observations'],
-            'network_s': metrics['recordings'][0]['inference_s']})
-        print(f'{name:56} {seconds:6.1f} s  {options.seconds / seconds:6.1f} x real time  '
+            'network_s': sum(each['inference_s'] for each in metrics['recordings'])})
+        print(f'{name:56} {seconds:6.1f} s  {length / seconds:6.1f} x real time  '
               f'{found[-1]["observations"]} observations  network '
               f'{found[-1]["network_s"]:.1f} s of its threads', flush=True)
     return found
@@ -151,22 +160,59 @@ def replays(checkpoint: Path, folder: Path, options) -> list[dict]:
 def network(checkpoint: Path, options) -> list[dict]:
     """Time the network as the replay runs it: batches of 1, and larger ones.
 
-    Differences are the largest from batches of 1, in shares of each dimension's range.
+    Differences are the largest from batches of 1 in the same numbers, in shares of each
+    dimension's range. With other numbers than float32, rows in float32 follow: batches there are
+    to be equal to 1e-5.
     """
     if options.device.startswith('cuda'):
         torch.backends.cudnn.allow_tf32 = False
     robot = read_config(checkpoint / 'policy.yaml').robot
     seen = observations(robot, options.count)
-    span = robot.action_space.upper - robot.action_space.lower
+    rows = compared(ways(checkpoint, options), seen, robot.action_space)
+    if options.device.startswith('cuda'):
+        rows.append(prepared(checkpoint, options, seen))
+    if options.dtype != 'float32':
+        few = seen[:options.exact_count]
+        sizes = dict.fromkeys(min(size, len(few)) for size in (1, *options.batches))
+        rows += compared(in_batches(checkpoint, options.device, torch.float32, sizes), few,
+                         robot.action_space)
+    return rows
+
+
+def compared(answers: Iterator[tuple[str, Callable]], seen: Sequence[Observation],
+             space: ActionSpace) -> list[dict]:
+    """Print and return the rate of each, and its difference from the first."""
     rows, first = [], None
-    for name, answer in ways(checkpoint, options):
+    for name, answer in answers:
         chunks, rate = rate_of(answer, seen)
         first = (chunks, rate) if first is None else first
-        rows.append({'way': name, 'observations_per_s': rate, 'times_unbatched': rate / first[1],
-                     'largest_difference': float((np.abs(chunks - first[0]) / span).max())})
+        apart = np.abs(chunks - first[0]) / (space.upper - space.lower)
+        rows.append({'way': name, 'observations': len(seen), 'observations_per_s': rate,
+                     'times_unbatched': rate / first[1],
+                     'largest_difference': float(apart.max())})
         print(f'{name:40} {rate:8.1f} observations/s  {rate / first[1]:5.1f} x  '
-              f'{rows[-1]["largest_difference"]:.1e} of the range', flush=True)
+              f'{apart.max():.1e} of the range', flush=True)
     return rows
+
+
+def prepared(checkpoint: Path, options, seen: Sequence[Observation]) -> dict:
+    """Print and return the rate at which pictures alone go to the device and are resized there.
+
+    It is part of every batch's time, one picture after the other: a share of it that batches do
+    not make smaller.
+    """
+    policy = FastPolicy.load(checkpoint, device=options.device, dtype=DTYPES[options.dtype],
+                             options=BARE)
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        for each in seen:
+            for picture in each.images.values():
+                policy.fused.prepare([torch.from_numpy(picture)[None, None].to(policy.device)])
+        torch.cuda.synchronize(policy.device)
+        best = max(best, len(seen) / (time.perf_counter() - start))
+    print(f'{"the pictures alone, without the network":40} {best:8.1f} observations/s', flush=True)
+    return {'way': 'pictures alone', 'observations': len(seen), 'observations_per_s': best}
 
 
 def ways(checkpoint: Path, options) -> Iterator[tuple[str, Callable]]:
@@ -175,23 +221,20 @@ def ways(checkpoint: Path, options) -> Iterator[tuple[str, Callable]]:
     One network at a time is held.
     """
     device, dtype = options.device, DTYPES[options.dtype]
-    yield from in_batches(checkpoint, device, dtype, (1, *options.batches))
+    yield from in_batches(checkpoint, device, dtype, dict.fromkeys((1, *options.batches)))
     yield 'Policy, one by one', one_by_one(Policy.load(checkpoint, device=device, dtype=dtype))
     if device.startswith('cuda'):
         node = FastPolicy.load(checkpoint, device=device, dtype=dtype)
         node.warm_up(observations(node.robot, 1)[0])
         yield f'the node, one by one, {node.why_eager or "CUDA graphs"}', one_by_one(node)
         node.close()
-    if dtype != torch.float32:
-        yield 'float32, one by one', one_by_one(FastPolicy.load(checkpoint, device=device,
-                                                                options=BARE))
 
 
 def in_batches(checkpoint: Path, device: str, dtype: torch.dtype,
-               sizes: Sequence[int]) -> Iterator[tuple[str, Callable]]:
-    """Yield what the replay does with batches of each size."""
+               sizes: Iterable[int]) -> Iterator[tuple[str, Callable]]:
+    """Yield what the replay does with batches of each size: no graphs, no kernels of our own."""
     policy = FastPolicy.load(checkpoint, device=device, dtype=dtype, options=BARE)
-    steps = policy.config.sampler_steps
+    steps, numbers = policy.config.sampler_steps, str(dtype).removeprefix('torch.')
 
     def of(size: int) -> Callable:
         answer = EncodingOnce(policy, batch=size)
@@ -199,7 +242,7 @@ def in_batches(checkpoint: Path, device: str, dtype: torch.dtype,
             [Question(each, 0, steps) for each in seen[start:start + size]])]
 
     for size in sizes:
-        yield f'batches of {size}', of(size)
+        yield f'{numbers}, batches of {size}', of(size)
 
 
 def one_by_one(policy: Policy) -> Callable:
@@ -251,15 +294,21 @@ def main() -> None:
     fast.add_argument('--checkpoint', type=Path)
     fast.add_argument('--preset', choices=('tiny', 'large'), default='tiny',
                       help='the checkpoint that ships, or a large one of random weights')
-    fast.add_argument('--seconds', type=float, default=60.0)
+    fast.add_argument('--seconds', type=float, default=60.0, help='of a recording')
+    fast.add_argument('--recordings', type=int, default=1, help='how many are replayed')
+    fast.add_argument('--jobs', type=int, default=1, help='processes that replay them')
     fast.add_argument('--latency', default='100ms')
     fast.add_argument('--device', default='cpu')
     fast.add_argument('--dtype', choices=DTYPES, default='float32')
     fast.add_argument('--batch', type=int, default=0, help='of the replays')
-    fast.add_argument('--threads', type=int, nargs='+', default=[0], help='of a CPU')
+    fast.add_argument('--threads', type=int, nargs='+', default=[0],
+                      help='of a CPU, in all processes together; 0: what PyTorch would take')
     fast.add_argument('--batches', type=int, nargs='+', default=[8, 16, 32, 64])
     fast.add_argument('--count', type=int, default=64, help='observations for the batches')
+    fast.add_argument('--exact-count', type=int, default=16,
+                      help='observations for the rows in float32 beside other numbers')
     fast.add_argument('--no-replays', action='store_true', help='time the network only')
+    fast.add_argument('--no-network', action='store_true', help='time the replays only')
     fast.add_argument('--out', type=Path, help='of the figures, as JSON')
     fast.set_defaults(run=speed)
     much = commands.add_parser('memory')

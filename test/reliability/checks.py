@@ -61,6 +61,8 @@ class Checker:
         self.simulated_time = False
         self._where = ''
         self._before: _Command | None = None
+        self._sent = 0.0, -1 << 62   # arrival and stamp of the last trajectory
+        self._hurries_until_s = 0.0
 
     def forget(self) -> None:
         """Begin anew: a new controller, or a node that knows nothing of before."""
@@ -72,7 +74,7 @@ class Checker:
         if kind == 'c':
             self._stream(at, rest[0], rest[1], np.array(rest[2:], float))
         elif kind == 'j':
-            self._trajectory(at, *rest[1:])
+            self._trajectory(at, *rest)
         elif kind == 's':
             self._set_point(at, *rest)
         elif kind == 'h':
@@ -95,7 +97,8 @@ class Checker:
         """Check a command of elbow, grip and turn against the one before.
 
         A command may be late, and then moves as far as in one period: the period is what the
-        stamps say, at most the nominal one. After a lost message nothing can be said.
+        stamps say, at most the nominal one. After a lost message nothing can be said, and after
+        one that was held up on its way nothing but of position and velocity.
         """
         names, which = DIMENSIONS[1:], slice(1, None)
         self.commands += 1
@@ -112,6 +115,8 @@ class Checker:
             self._before = before         # simulated time has not gone on
             return
         self._where = f' ({gap_s:.4f} s after the last by arrival, {passed_s:.4f} s by stamp)'
+        held_up = (not self.simulated_time and 0 <= passed_s <= STOOD_S
+                   and gap_s - passed_s > LATE_S)
         if self.simulated_time or abs(gap_s - passed_s) < LATE_S:
             gap_s = passed_s              # the clocks agree: stamps are the better measure
         if gap_s > STOOD_S or passed_s < 0:      # positions are held, and Servo has halted
@@ -124,6 +129,9 @@ class Checker:
         stops = np.array([1, 1, values[2] != 0])  # who says stop may have a rate end at once
         now.change, change_before = now.change * stops, before.change * stops
         now.second = 2 * (now.change - change_before) / whole_s
+        if held_up:
+            self.refused['held up'] += 1
+            now.second = _unknown()
         jerk = 3 * (now.second - before.second * stops) / (whole_s + before.periods_s[1])
         for what, of_this, limit in (('velocity', now.change, VELOCITY), (
                 'acceleration', now.second, ACCELERATION), ('jerk', jerk, JERK)):
@@ -132,11 +140,21 @@ class Checker:
             limited = np.isfinite(limit[which])
             self._within(at, what, np.abs(of_this[limited]) / limit[which][limited],
                          np.array(names)[limited])
+        if held_up:
+            now.change = _unknown()
         if np.abs(values - before.values).max() > STILL or abs(values[2]) > STILL:
             self.moved['stream'] = at
 
-    def _trajectory(self, at: float, times, positions, velocities) -> None:
-        """Check the points of a trajectory for the shoulder."""
+    def _trajectory(self, at: float, stamp_ns: int, times, positions, velocities) -> None:
+        """Check the points of a trajectory for the shoulder.
+
+        After one that was held up on its way the controller hurries: nothing is said of that.
+        """
+        arrived_s, before_ns = self._sent
+        passed_s, self._sent = (stamp_ns - before_ns) / 1e9, (at, stamp_ns)
+        if not self.simulated_time and 0 <= passed_s <= LATE_S < at - arrived_s - passed_s:
+            self.refused['held up'] += 1
+            self._hurries_until_s = at + LATE_S
         self._where = ''
         times, positions = np.array(times), np.array(positions, float)
         names = DIMENSIONS[:1]
@@ -162,9 +180,10 @@ class Checker:
         """
         self._where = ''
         share, what = abs(velocity) / VELOCITY[0], 'velocity of the set-point of shoulder'
-        self.worst[what] = max(self.worst[what], float(share))
-        if share > SET_POINT_ROOM:
-            self._wrong(at, f'{what} is {share:.4g} x its limit')
+        if at > self._hurries_until_s:
+            self.worst[what] = max(self.worst[what], float(share))
+            if share > SET_POINT_ROOM:
+                self._wrong(at, f'{what} is {share:.4g} x its limit')
         if abs(velocity) > 1e-6:
             self.moved['trajectory'] = at
 

@@ -16,6 +16,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
+import cv2
+import torch
+
 from meanflow_ros.evaluation.replay.acting import Acting, make_acting
 from meanflow_ros.evaluation.replay.parts import Parts
 from meanflow_ros.evaluation.replay.replay_bag import BagReport, replay_bag
@@ -61,7 +64,9 @@ def _run_pool(bags: Sequence[Path], settings: ReplaySettings, directory: Path, j
     context = multiprocessing.get_context('forkserver')    # which imports PyTorch once for all
     context.set_forkserver_preload([__name__])
     left = set(bags)
-    with ProcessPoolExecutor(min(jobs, len(bags)), context, _begin_worker, (settings,)) as pool:
+    count = min(jobs, len(bags))
+    own = dataclasses.replace(settings, threads=share_of(settings.threads, count))
+    with ProcessPoolExecutor(count, context, _begin_worker, (own,)) as pool:
         try:
             waiting = {pool.submit(_work_in_process, bag, settings, directory, fingerprint): bag
                        for bag in bags}
@@ -114,7 +119,14 @@ def run_with_ray(bags: Sequence[Path], settings: ReplaySettings, directory: Path
 
 def _begin_worker(settings: ReplaySettings) -> None:
     global _acting
-    _acting = make_acting(dataclasses.replace(settings, threads=1))
+    torch.set_num_threads(settings.threads)     # while the checkpoint is read, too
+    cv2.setNumThreads(settings.threads)
+    _acting = make_acting(settings)
+
+
+def share_of(threads: int, processes: int) -> int:
+    """Return the threads of each process, 1 or more; 0 threads in all: what PyTorch would take."""
+    return max(1, (threads or torch.get_num_threads()) // processes)
 
 
 def _work_in_process(bag: Path, settings: ReplaySettings, directory: Path,
