@@ -71,7 +71,7 @@ class FusedNetwork(nn.Module):
                known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Do as `decide`, from the keys and values of a context."""
         modulations = self.dit.modulations(schedule, state, known[1] if known else None)
-        if not self.dit.in_one_kernel(keys):
+        if not self.dit.in_one_kernel(keys, modulations):
             keys = self.dit.keys_and_values.normalised(keys)
         constants = iter(zip(modulations, schedule.offsets))
 

@@ -251,7 +251,7 @@ class FusedDiT(nn.Module):
                  values: Tensor, bias: Tensor | None) -> Tensor:   # z (B, T, A)
         """Return the velocity (B, T, A) of one evaluation: its modulation and offset."""
         x = self.encoder(z.to(self.place.dtype))                   # (B, T, D)
-        if self.in_one_kernel(keys):
+        if self.in_one_kernel(keys, modulation):
             x = persistent.run_blocks(x[0], self._stacked, modulation[:, :, 0], keys[:, 0],
                                       values[:, 0], bias, keys.shape[2])[None]
         else:
@@ -259,9 +259,13 @@ class FusedDiT(nn.Module):
                 x = block(x, of_block, k, v, bias)
         return self.decode_out(self.decode_in(rms_norm(x)) + offset).to(z.dtype)
 
-    def in_one_kernel(self, keys: Tensor) -> bool:
-        """Return whether one kernel does all blocks, from keys (blocks, B, heads, S, d)."""
-        return not self.why_apart and keys.shape[1] == 1 and keys.shape[3] <= kernels.MOST_KEYS
+    def in_one_kernel(self, keys: Tensor, modulation: Tensor) -> bool:
+        """Return whether one kernel does all blocks: for one chunk of which steps are given.
+
+        keys: (blocks, B, heads, S, d). modulation: (..., B, 1 or T, D).
+        """
+        return (not self.why_apart and keys.shape[1] == 1 and modulation.shape[-2] > 1
+                and keys.shape[3] <= kernels.MOST_KEYS)
 
     def _why_apart(self) -> str:
         block = self.blocks[0]

@@ -29,20 +29,29 @@ except ImportError:   # PyTorch for CPUs comes without
 
 PHASES = 8             # of a block: what one program writes in one, all may read in the next
 WARPS = 8              # of a program; each takes a part of a product's depth
+TILE = 8               # columns of a product that a program computes at once
 MOST_WIDTH = 1024      # of a block: a row is normalised at once
 MOST_DEPTH = 3 * 1024  # of a product: its weights wait in three pieces
 
 
 if triton is not None:
     @triton.jit
-    def _wait(counter, target, ALL: tl.constexpr, RELAXED: tl.constexpr):
+    def _program(ALL: tl.constexpr):
+        """Return which program this is; what follows from it is not kept from phase to phase."""
+        if ALL:   # each time anew, since registers are scarce
+            return tl.inline_asm_elementwise('mov.u32 $0, %ctaid.x;', '=r', [], dtype=tl.int32,
+                                             is_pure=False, pack=1)
+        else:
+            return tl.program_id(0)
+
+    @triton.jit
+    def _wait(counter, target, ALL: tl.constexpr):
         """Wait until the count is the target: one thread asks, so that who arrives is not held up.
 
         Returns 0: what is computed with it is not kept in registers from phase to phase.
         """
         zero = 0
         if ALL:
-            load: tl.constexpr = 'relaxed' if RELAXED else 'acquire'
             zero = tl.inline_asm_elementwise(
                 """{
                 .reg .pred p;
@@ -51,7 +60,7 @@ if triton is not None:
                 setp.ne.u32 p, seen, 0;
                 @p bra THERE;
                 AGAIN:
-                ld.""" + load + """.gpu.global.s32 seen, [$1];
+                ld.acquire.gpu.global.s32 seen, [$1];
                 setp.lt.s32 p, seen, $2;
                 @p bra AGAIN;
                 THERE:
@@ -70,90 +79,17 @@ if triton is not None:
         return done + tl.num_programs(0)
 
     @triton.jit
-    def _program(ALL: tl.constexpr):
-        """Return which program this is; what follows from it is not kept from phase to phase."""
-        if ALL:   # each time anew, since registers are scarce
-            return tl.inline_asm_elementwise('mov.u32 $0, %ctaid.x;', '=r', [], dtype=tl.int32,
-                                             is_pure=False, pack=1)
-        else:
-            return tl.program_id(0)
-
-    @triton.jit
-    def _fetch(start, pieces, stride, size: tl.constexpr):
-        """Have pieces of `size` elements brought into the L2 cache: one by each warp."""
-        each: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p, q;
-            .reg .b32 piece, lane;
-            .reg .b64 at;
-            mov.u32 piece, %tid.x;
-            and.b32 lane, piece, 31;
-            shr.u32 piece, piece, 5;
-            setp.lt.s32 p, piece, $2;
-            setp.eq.and.u32 p, lane, 0, p;
-            mad.wide.s32 at, piece, $3, $1;
-            @p cp.async.bulk.prefetch.L2.global [at], $4;
-            mov.u32 $0, 0;
-            }""", '=r,l,r,r,r', [start.to(tl.int64, bitcast=True), pieces, stride * each,
-                                 size * each], dtype=tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
-    def _fetch_heads(start, count, stride):
-        """Have lines of at most 128 bytes brought into the L2 cache: one by each thread."""
-        each: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            .reg .b32 line;
-            .reg .b64 at;
-            mov.u32 line, %tid.x;
-            setp.lt.s32 p, line, $2;
-            mad.wide.s32 at, line, $3, $1;
-            @p prefetch.global.L2 [at];
-            mov.u32 $0, 0;
-            }""", '=r,l,r,r', [start.to(tl.int64, bitcast=True), count, stride * each],
-            dtype=tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
-    def _fetch_lines(weight, one, columns, depth: tl.constexpr, SHARE: tl.constexpr):
-        piece: tl.constexpr = SHARE // 8
-        _fetch(weight + one * SHARE * depth, (columns - one * SHARE) // piece, piece * depth,
-               piece * depth)
-
-    @triton.jit
-    def _fetch_weights(weights, one, block, last, WHICH: tl.constexpr, WIDTH: tl.constexpr,
-                       HIDDEN: tl.constexpr, QKV: tl.constexpr, GATE: tl.constexpr,
-                       AHEAD: tl.constexpr):
-        """Fetch this program's part of the weight that is number WHICH of a block, or later."""
-        if AHEAD:
-            kind: tl.constexpr = WHICH % 6
-            block += WHICH // 6
-            if block < last:
-                if kind == 0:
-                    _fetch_lines(weights[0] + block * 3 * WIDTH * WIDTH, one, 3 * WIDTH, WIDTH,
-                                 QKV)
-                elif kind == 4:
-                    gate = weights[4] + block * 2 * HIDDEN * WIDTH
-                    _fetch_lines(gate, one, HIDDEN, WIDTH, GATE)
-                    _fetch_lines(gate + HIDDEN * WIDTH, one, HIDDEN, WIDTH, GATE)
-                elif kind == 5:
-                    _fetch_lines(weights[5] + block * WIDTH * HIDDEN, one, WIDTH, HIDDEN, 8)
-                else:
-                    _fetch_lines(weights[kind] + block * WIDTH * WIDTH, one, WIDTH, WIDTH, 8)
-
-    @triton.jit
     def _tile(weight, column, end, columns, depth: tl.constexpr, begin: tl.constexpr,
               GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
-        """Return weights (PARTS, K / PARTS, N) of N lines; gate and value beside each other."""
+        """Return weights (PARTS, K / PARTS, N); GATED: 2 N, gate and value beside each other."""
         at = begin + (tl.arange(0, PARTS)[:, None, None] * (K // PARTS)
                       + tl.arange(0, K // PARTS)[None, :, None])
-        n = tl.arange(0, N)
         if GATED:
+            n = tl.arange(0, 2 * N)
             column += n // 2
             line = column + n % 2 * columns
         else:
-            column += n
+            column += tl.arange(0, N)
             line = column
         there = column[None, None, :] < end
         if begin + K > depth:
@@ -163,11 +99,10 @@ if triton is not None:
     @triton.jit
     def _tiles(weight, one, columns, depth: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
                N: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr):
-        """Return the tiles of this program's share of the columns, at most three."""
-        kept: tl.constexpr = N // 2 if GATED else N
+        """Return the first tiles of this program's share of the columns, at most three."""
         tiles, end = (), tl.minimum(one * SHARE + SHARE, columns)
-        for i in tl.static_range(min(3, (SHARE + kept - 1) // kept)):
-            tiles += (_tile(weight, one * SHARE + i * kept, end, columns, depth, 0, GATED, K, N,
+        for i in tl.static_range(min(3, SHARE // N)):
+            tiles += (_tile(weight, one * SHARE + i * N, end, columns, depth, 0, GATED, K, N,
                             PARTS),)
         return tiles
 
@@ -194,16 +129,23 @@ if triton is not None:
         return tl.load(x + row * depth + at, there, 0.0, cache_modifier='.cg')
 
     @triton.jit
-    def _signal(signal, rows, depth: tl.constexpr, row_stride, PER_ROW: tl.constexpr,
-                M: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):
-        """Return a shift or a gain (PARTS, M or 1, K / PARTS)."""
+    def _signal(signal, rows, depth: tl.constexpr, row_stride, M: tl.constexpr, K: tl.constexpr,
+                PARTS: tl.constexpr):
+        """Return a shift or a gain (PARTS, M, K / PARTS)."""
         at = (tl.arange(0, PARTS)[:, None, None] * (K // PARTS)
               + tl.arange(0, K // PARTS)[None, None, :])
-        row = tl.arange(0, M if PER_ROW else 1)[None, :, None]
+        row = tl.arange(0, M)[None, :, None]
         there = row < rows
         if K > depth:
             there &= at < depth
         return tl.load(signal + row * row_stride + at, there, 0.0)
+
+    @triton.jit
+    def _gate(gate, rows, columns, row_stride, tile, M: tl.constexpr, N: tl.constexpr):
+        """Return the gate (M, N) of a tile."""
+        row, column = tl.arange(0, M)[:, None], (tile * N + tl.arange(0, N))[None, :]
+        return tl.load(gate + row * row_stride + column, (row < rows) & (column < columns),
+                       0.0).to(tl.float32)
 
     @triton.jit
     def _normalised(x, zero, shift, gain, rows, depth: tl.constexpr, EPSILON: tl.constexpr,
@@ -221,47 +163,39 @@ if triton is not None:
     @triton.jit
     def _store_tile(out, a, w, column, end, rows, columns, GATED: tl.constexpr, M: tl.constexpr,
                     N: tl.constexpr):
-        kept: tl.constexpr = N // 2 if GATED else N
         total = tl.sum(tl.dot(a, w), 0)
         if GATED:
-            opened, value = tl.split(tl.reshape(total, (M, kept, 2)))
+            opened, value = tl.split(tl.reshape(total, (M, N, 2)))
             total = opened * tl.sigmoid(opened) * value
-        row, column = tl.arange(0, M)[:, None], (column + tl.arange(0, kept))[None, :]
+        row, column = tl.arange(0, M)[:, None], (column + tl.arange(0, N))[None, :]
         tl.store(out + row * columns + column, total.to(out.dtype.element_ty),
                  (row < rows) & (column < end))
 
     @triton.jit
     def _from_norm(x, out, w, weight, one, zero, shift, gain, rows, columns, depth: tl.constexpr,
                    MODULATE: tl.constexpr, GATED: tl.constexpr, EPSILON: tl.constexpr,
-                   M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr,
+                   M: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
                    SHARE: tl.constexpr):
-        """Store (modulated norm of x) @ weight.T; w: the first tiles of the weight."""
+        """Store (modulated norm of x) @ weight.T; w: `_tiles` of the weight."""
         a = _normalised(x, zero, shift, gain, rows, depth, EPSILON, MODULATE, M, K, PARTS)
-        kept: tl.constexpr = N // 2 if GATED else N
         column, end = one * SHARE, tl.minimum(one * SHARE + SHARE, columns)
-        for i in tl.static_range(min(3, (SHARE + kept - 1) // kept)):
+        for i in tl.static_range(min(3, SHARE // N)):
             _store_tile(out, a, w[i], column, end, rows, columns, GATED, M, N)
-            column += kept
-        if SHARE > 3 * kept:
+            column += N
+        if SHARE > 3 * N:
             while column < end:
                 more = _tile(weight, column, end, columns, depth, 0, GATED, K, N, PARTS)
                 _store_tile(out, a, more, column, end, rows, columns, GATED, M, N)
-                column += kept
+                column += N
 
     @triton.jit
-    def _gate(gate, rows, columns, row_stride, tile, M: tl.constexpr, N: tl.constexpr):
-        row, column = tl.arange(0, M)[:, None], (tile * N + tl.arange(0, N))[None, :]
-        return tl.load(gate + row * row_stride + column, (row < rows) & (column < columns),
-                       0.0).to(tl.float32)
-
-    @triton.jit
-    def _onto(x, a, w, factor, weight, one, gate, rows, columns, depth: tl.constexpr, row_stride,
-              GATE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    def _onto(x, inner, w, factor, weight, one, zero, gate, rows, columns, depth: tl.constexpr,
+              row_stride, GATE: tl.constexpr, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
               PARTS: tl.constexpr):
-        """Add gate * (a @ weight.T) to x. a, w: in pieces of K of the depth.
-
-        w, factor: the first tile of the weight, and of the gate.
-        """
+        """Add gate * (inner @ weight.T) to x; w, factor: the first tile of weight and gate."""
+        a = ()
+        for i in tl.static_range((depth + K - 1) // K):
+            a += (_rows(inner, zero, rows, depth, i * K, M, K, PARTS),)
         tile = one
         while tile * N < columns:
             row, column = tl.arange(0, M)[:, None], (tile * N + tl.arange(0, N))[None, :]
@@ -277,94 +211,21 @@ if triton is not None:
                 factor = _gate(gate, rows, columns, row_stride, tile, M, N)
 
     @triton.jit
-    def _all_rows(a, zero, rows, depth: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
-                  PARTS: tl.constexpr):
-        """Return `_rows` in pieces of K of their depth."""
-        pieces = ()
-        for i in tl.static_range((depth + K - 1) // K):
-            pieces += (_rows(a, zero, rows, depth, i * K, M, K, PARTS),)
-        return pieces
-
-    @triton.jit
-    def _table(table, rows, M: tl.constexpr, D: tl.constexpr):
-        """Return the two halves of a rotary table, of queries or keys: (1, M, D / 2)."""
-        row, d = tl.arange(0, M)[None, :, None], tl.arange(0, D // 2)[None, None, :]
-        place = table + row * 2 * D + d
-        return (tl.load(place, row < rows, 0.0), tl.load(place + D // 2, row < rows, 0.0))
-
-    @triton.jit
-    def _tables(straight, swapped, rows, M: tl.constexpr, D: tl.constexpr):
-        return (_table(straight, rows, M, D), _table(swapped, rows, M, D),
-                _table(straight + D, rows, M, D), _table(swapped + D, rows, M, D))
-
-    @triton.jit
-    def _turned(low, high, straight, swapped, D: tl.constexpr, EPSILON: tl.constexpr):
-        """Return the halves of normalised heads at their rotary positions."""
-        low_wide, high_wide = low.to(tl.float32), high.to(tl.float32)
-        square = tl.sum(low_wide * low_wide + high_wide * high_wide, 2)
-        factor = tl.rsqrt(square / D + EPSILON)[:, :, None]
-        low_wide, high_wide = low_wide * factor, high_wide * factor
-        return ((low_wide * straight[0] + high_wide * swapped[0]).to(low.dtype),
-                (high_wide * straight[1] + low_wide * swapped[1]).to(low.dtype))
-
-    @triton.jit
-    def _own_attention(qkv, zero, tables, rows, scale, HEADS: tl.constexpr, EPSILON: tl.constexpr,
-                       M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr):
-        """Return what all heads attend to, in groups of heads (GROUP, M, D)."""
-        across: tl.constexpr = HEADS * D
-        row, d = (zero + tl.arange(0, M))[None, :, None], tl.arange(0, D)[None, None, :]
-        half = tl.arange(0, D // 2)[None, None, :]
-        group = tl.arange(0, GROUP)[:, None, None]
-        read = ()
-        for i in tl.static_range((HEADS + GROUP - 1) // GROUP):
-            head = i * GROUP + group
-            kept = (row < rows) & (head < HEADS)
-            place = qkv + row * 3 * across + head * D
-            low, high = place + half, place + half + D // 2
-            read += ((tl.load(low, kept, 0.0, cache_modifier='.cg'),
-                      tl.load(high, kept, 0.0, cache_modifier='.cg'),
-                      tl.load(low + across, kept, 0.0, cache_modifier='.cg'),
-                      tl.load(high + across, kept, 0.0, cache_modifier='.cg'),
-                      tl.load(place + 2 * across + d, kept, 0.0, cache_modifier='.cg')),)
-        result = ()
-        for i in tl.static_range((HEADS + GROUP - 1) // GROUP):
-            q = _turned(read[i][0], read[i][1], tables[0], tables[1], D, EPSILON)
-            k = _turned(read[i][2], read[i][3], tables[2], tables[3], D, EPSILON)
-            v = read[i][4]
-            scores = (tl.dot(q[0], tl.trans(k[0], 0, 2, 1))
-                      + tl.dot(q[1], tl.trans(k[1], 0, 2, 1))) * scale
-            asked, at = tl.arange(0, M)[None, :, None], tl.arange(0, M)[None, None, :]
-            scores = tl.where((at <= asked) & (at < rows), scores, -1e30)
-            weights = tl.exp(scores - tl.max(scores, 2)[:, :, None])
-            out = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, 2)[:, :, None]
-            result += (out.to(v.dtype),)
-        return result
-
-    @triton.jit
     def _blocks(x, qkv, attended, queries, hidden, counter, modulation, mod_block, mod_kind,
                 mod_row, qkv_w, proj_w, query_w, cross_w, gate_w, mlp_w, straight, swapped, keys,
                 key_block, key_head, key_row, values, value_block, value_head, value_row,
                 key_scale, bias, rows, count, scale, first, last, WIDTH: tl.constexpr,
                 HEADS: tl.constexpr, HIDDEN: tl.constexpr, BIAS: tl.constexpr,
-                PER_ROW: tl.constexpr, PHASE: tl.constexpr, EPSILON: tl.constexpr,
-                M: tl.constexpr, S: tl.constexpr, K: tl.constexpr, DEEP: tl.constexpr,
-                GROUP: tl.constexpr, PARTS: tl.constexpr, MERGED: tl.constexpr,
-                AHEAD: tl.constexpr, RELAXED: tl.constexpr, QKV: tl.constexpr,
-                QUERY: tl.constexpr, GATE: tl.constexpr, QKV_TILE: tl.constexpr,
-                GATE_TILE: tl.constexpr):
+                PHASE: tl.constexpr, EPSILON: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+                K: tl.constexpr, DEEP: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
+                QKV: tl.constexpr, QUERY: tl.constexpr, GATE: tl.constexpr):
         """Go through blocks first .. last - 1 of all weights; PHASE: through this one only.
 
-        MERGED: every program computes the attention within the chunk, of all heads, for its
-        own part of the product after it.
+        QKV, QUERY, GATE: how many columns of these products are a program's.
         """
         D: tl.constexpr = WIDTH // HEADS
         ALL: tl.constexpr = PHASE < 0
-        DISTANCE: tl.constexpr = AHEAD if ALL else 0   # what is fetched is this many products on
         programs, done = tl.num_programs(0), 0
-        weights = (qkv_w, proj_w, query_w, cross_w, gate_w, mlp_w)
-        for i in tl.static_range(1, DISTANCE):
-            _fetch_weights(weights, tl.program_id(0), first, last, i, WIDTH, HIDDEN, QKV, GATE,
-                           DISTANCE)
         block = first
         while block < last:
             shift_a = modulation + block * mod_block
@@ -374,28 +235,17 @@ if triton is not None:
             if ALL or PHASE == 0:
                 one = _program(ALL)
                 weight = qkv_w + block * 3 * WIDTH * WIDTH
-                w = _tiles(weight, one, 3 * WIDTH, WIDTH, False, K, QKV_TILE, PARTS, QKV)
-                shift = _signal(shift_a, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
-                gain = _signal(gain_a, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
-                _fetch_weights(weights, one, block, last, DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               DISTANCE)
-                if DISTANCE:
-                    head = programs - 1 - one   # those that have less to do elsewhere
-                    if head < HEADS:
-                        _fetch_heads(keys + block * key_block + head * key_head, count, key_row)
-                        _fetch_heads(values + block * value_block + head * value_head, count,
-                                     value_row)
-                    if one < 6 and block + 1 < last:
-                        _fetch(shift_a + mod_block + one * mod_kind, rows if PER_ROW else 1,
-                               mod_row, WIDTH)
-                zero = _wait(counter, done, ALL, RELAXED)
+                w = _tiles(weight, one, 3 * WIDTH, WIDTH, False, K, N, PARTS, QKV)
+                shift = _signal(shift_a, rows, WIDTH, mod_row, M, K, PARTS)
+                gain = _signal(gain_a, rows, WIDTH, mod_row, M, K, PARTS)
+                zero = _wait(counter, done, ALL)
                 _from_norm(x, qkv, w, weight, one, zero, shift, gain, rows, 3 * WIDTH, WIDTH, True,
-                           False, EPSILON, M, QKV_TILE, K, PARTS, QKV)
+                           False, EPSILON, M, K, N, PARTS, QKV)
                 done = _arrive(counter, done, ALL)
-            table = block * rows * 2 * D
-            if (ALL or PHASE == 1) and not MERGED:
+            if ALL or PHASE == 1:
                 head = _program(ALL)
-                zero = _wait(counter, done, ALL, RELAXED)
+                table = block * rows * 2 * D
+                _wait(counter, done, ALL)
                 while head < HEADS:
                     kernels._attend_own(qkv, straight + table, swapped + table, attended, head,
                                         rows, HEADS, scale, EPSILON, M, D, False)
@@ -404,42 +254,27 @@ if triton is not None:
             if ALL or PHASE == 2:
                 one = _program(ALL)
                 weight = proj_w + block * WIDTH * WIDTH
-                factor = _gate(gate_a, rows, WIDTH, mod_row, one, M, 8)
-                if MERGED:
-                    w = _pieces(weight, one, WIDTH, WIDTH, GROUP * D, 8, GROUP)
-                    tables = _tables(straight + table, swapped + table, rows, M, D)
-                else:
-                    w = _pieces(weight, one, WIDTH, WIDTH, K, 8, PARTS)
-                _fetch_weights(weights, one, block, last, 1 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               DISTANCE)
-                zero = _wait(counter, done, ALL, RELAXED)
-                if MERGED:
-                    a = _own_attention(qkv, zero, tables, rows, scale, HEADS, EPSILON, M, D, GROUP)
-                    _onto(x, a, w, factor, weight, one, gate_a, rows, WIDTH, WIDTH, mod_row, True,
-                          M, 8, GROUP * D, GROUP)
-                else:
-                    a = _all_rows(attended, zero, rows, WIDTH, M, K, PARTS)
-                    _onto(x, a, w, factor, weight, one, gate_a, rows, WIDTH, WIDTH, mod_row, True,
-                          M, 8, K, PARTS)
+                factor = _gate(gate_a, rows, WIDTH, mod_row, one, M, N)
+                w = _pieces(weight, one, WIDTH, WIDTH, K, N, PARTS)
+                zero = _wait(counter, done, ALL)
+                _onto(x, attended, w, factor, weight, one, zero, gate_a, rows, WIDTH, WIDTH,
+                      mod_row, True, M, K, N, PARTS)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 3:
                 one = _program(ALL)
                 weight = query_w + block * WIDTH * WIDTH
-                w = _tiles(weight, one, WIDTH, WIDTH, False, K, 8, PARTS, QUERY)
-                _fetch_weights(weights, one, block, last, 2 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               DISTANCE)
-                zero = _wait(counter, done, ALL, RELAXED)
+                w = _tiles(weight, one, WIDTH, WIDTH, False, K, N, PARTS, QUERY)
+                zero = _wait(counter, done, ALL)
                 _from_norm(x, queries, w, weight, one, zero, x, x, rows, WIDTH, WIDTH, False,
-                           False, EPSILON, M, 8, K, PARTS, QUERY)
+                           False, EPSILON, M, K, N, PARTS, QUERY)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 4:
-                one = _program(ALL)
-                head = one
+                head = _program(ALL)
                 k, v, added = kernels._context(
                     keys + block * key_block, values + block * value_block, key_scale + block * D,
                     bias, head, count, HEADS, key_head, key_row, value_head, value_row, EPSILON,
                     True, BIAS, S, D)
-                zero = _wait(counter, done, ALL, RELAXED)
+                _wait(counter, done, ALL)
                 while head < HEADS:
                     kernels._attend_context(queries, k, v, added, attended, head, rows, count,
                                             HEADS, scale, EPSILON, M, S, D)
@@ -452,37 +287,29 @@ if triton is not None:
             if ALL or PHASE == 5:
                 one = _program(ALL)
                 weight = cross_w + block * WIDTH * WIDTH
-                w = _pieces(weight, one, WIDTH, WIDTH, K, 8, PARTS)
-                _fetch_weights(weights, one, block, last, 3 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               DISTANCE)
-                zero = _wait(counter, done, ALL, RELAXED)
-                a = _all_rows(attended, zero, rows, WIDTH, M, K, PARTS)
-                _onto(x, a, w, 1.0, weight, one, x, rows, WIDTH, WIDTH, mod_row, False, M, 8, K,
-                      PARTS)
+                w = _pieces(weight, one, WIDTH, WIDTH, K, N, PARTS)
+                zero = _wait(counter, done, ALL)
+                _onto(x, attended, w, 1.0, weight, one, zero, x, rows, WIDTH, WIDTH, mod_row,
+                      False, M, K, N, PARTS)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 6:
                 one = _program(ALL)
                 weight = gate_w + block * 2 * HIDDEN * WIDTH
-                w = _tiles(weight, one, HIDDEN, WIDTH, True, K, 2 * GATE_TILE, PARTS, GATE)
-                shift = _signal(shift_m, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
-                gain = _signal(gain_m, rows, WIDTH, mod_row, PER_ROW, M, K, PARTS)
-                _fetch_weights(weights, one, block, last, 4 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               DISTANCE)
-                zero = _wait(counter, done, ALL, RELAXED)
+                w = _tiles(weight, one, HIDDEN, WIDTH, True, K, N, PARTS, GATE)
+                shift = _signal(shift_m, rows, WIDTH, mod_row, M, K, PARTS)
+                gain = _signal(gain_m, rows, WIDTH, mod_row, M, K, PARTS)
+                zero = _wait(counter, done, ALL)
                 _from_norm(x, hidden, w, weight, one, zero, shift, gain, rows, HIDDEN, WIDTH, True,
-                           True, EPSILON, M, 2 * GATE_TILE, K, PARTS, GATE)
+                           True, EPSILON, M, K, N, PARTS, GATE)
                 done = _arrive(counter, done, ALL)
             if ALL or PHASE == 7:
                 one = _program(ALL)
                 weight = mlp_w + block * WIDTH * HIDDEN
-                factor = _gate(gate_m, rows, WIDTH, mod_row, one, M, 8)
-                w = _pieces(weight, one, WIDTH, HIDDEN, DEEP, 8, PARTS)
-                _fetch_weights(weights, one, block, last, 5 + DISTANCE, WIDTH, HIDDEN, QKV, GATE,
-                               DISTANCE)
-                zero = _wait(counter, done, ALL, RELAXED)
-                a = _all_rows(hidden, zero, rows, HIDDEN, M, DEEP, PARTS)
-                _onto(x, a, w, factor, weight, one, gate_m, rows, WIDTH, HIDDEN, mod_row, True, M,
-                      8, DEEP, PARTS)
+                factor = _gate(gate_m, rows, WIDTH, mod_row, one, M, N)
+                w = _pieces(weight, one, WIDTH, HIDDEN, DEEP, N, PARTS)
+                zero = _wait(counter, done, ALL)
+                _onto(x, hidden, w, factor, weight, one, zero, gate_m, rows, WIDTH, HIDDEN,
+                      mod_row, True, M, DEEP, N, PARTS)
                 done = _arrive(counter, done, ALL)
             block += 1
 
@@ -533,50 +360,39 @@ def why_not(width: int, hidden: int, device: torch.device) -> str:
     return ''
 
 
-# How the kernel goes about it: variants that are being compared.
-TUNING = {'MERGED': True, 'AHEAD': 3, 'RELAXED': False, 'QKV_TILE': 8, 'GATE_TILE': 8}
-
-
 def run_blocks(x: Tensor, weights: StackedWeights, modulation: Tensor, keys: Tensor,
                values: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """Return x (T, D) after all blocks; x is overwritten.
 
-    modulation: (blocks, 6, T or 1, D), the last dimension contiguous. keys, values: (blocks,
+    modulation: (blocks, 6, T, D), the last dimension contiguous. keys, values: (blocks,
     heads, S, d), likewise; keys before their norm. bias: S numbers, added. On a CPU, where
     Triton's interpreter runs programs one after the other so that none can wait for another,
     phase by phase.
     """
     (rows, width), blocks = x.shape, len(weights.qkv)
     hidden, count, d = weights.mlp.shape[2], keys.shape[2], width // heads
-    per_row = modulation.shape[2] > 1
     new = x.new_empty
     scratch = (new(rows, 3 * width), new(rows, width), new(rows, width), new(rows, hidden),
                torch.zeros(1, dtype=torch.int32, device=x.device))
-    tuning = dict(TUNING)
-    if d < 32:   # half a head is too little for a product
-        tuning['MERGED'] = False
-    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
-        tuning['AHEAD'] = 0
-
-    processors = 3
+    programs = 3
     if x.is_cuda:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
 
-    def share(columns: int) -> int:   # of a program: a multiple of 8
-        return triton.cdiv(columns, 8 * processors) * 8
+    def share(columns: int) -> int:   # whole tiles, as even as can be
+        return triton.cdiv(columns, TILE * programs) * TILE
 
     def launch(first: int, last: int, phase: int, **options: bool) -> None:
-        _blocks[(processors,)](
-            x, *scratch, modulation, *modulation.stride()[:2], per_row * modulation.stride(2),
-            weights.qkv, weights.proj, weights.query, weights.cross, weights.gate_and_value,
-            weights.mlp, weights.straight, weights.swapped, keys, *keys.stride()[:3], values,
-            *values.stride()[:3], weights.key_scale, bias if bias is not None else x, rows, count,
-            d ** -0.5, first, last, WIDTH=width, HEADS=heads, HIDDEN=hidden,
-            BIAS=bias is not None, PER_ROW=per_row, PHASE=phase, EPSILON=EPS,
-            M=kernels._power(rows), S=kernels._power(count), K=kernels._power(width, 16 * WARPS),
-            DEEP=min(1024, kernels._power(hidden, 16 * WARPS)),
-            GROUP=min(WARPS, kernels._power(heads, 1)), PARTS=WARPS, num_warps=WARPS,
-            QKV=share(3 * width), QUERY=share(width), GATE=share(hidden), **tuning, **options)
+        _blocks[(programs,)](
+            x, *scratch, modulation, *modulation.stride()[:3], weights.qkv, weights.proj,
+            weights.query, weights.cross, weights.gate_and_value, weights.mlp, weights.straight,
+            weights.swapped, keys, *keys.stride()[:3], values, *values.stride()[:3],
+            weights.key_scale, bias if bias is not None else x, rows, count, d ** -0.5, first,
+            last, WIDTH=width, HEADS=heads, HIDDEN=hidden, BIAS=bias is not None, PHASE=phase,
+            EPSILON=EPS, M=kernels._power(rows), S=kernels._power(count),
+            K=kernels._power(width, 16 * WARPS),
+            DEEP=min(1024, kernels._power(hidden, 16 * WARPS)), N=TILE, PARTS=WARPS,
+            QKV=share(3 * width), QUERY=share(width), GATE=share(hidden), num_warps=WARPS,
+            **options)
 
     if x.is_cuda:
         # cooperative: started when there is room for all programs, since each waits for all
