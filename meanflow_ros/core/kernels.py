@@ -156,28 +156,34 @@ if triton is not None:
                     D, EARLY)
 
     @triton.jit
-    def _attend_context(queries, keys, values, key_scale, bias, out, head, rows, count, heads,
-                        scale, key_head, key_row, value_head, value_row, EPSILON: tl.constexpr,
-                        NORM: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
-                        D: tl.constexpr, EARLY: tl.constexpr):
-        row, d, s = tl.arange(0, M), tl.arange(0, D), tl.arange(0, S)
-        kept, there = row[:, None] < rows, s[:, None] < count
-        place = row[:, None] * heads * D + head * D + d[None, :]
-        k = tl.load(keys + head * key_head + s[:, None] * key_row + d[None, :], there, 0.0)
-        v = tl.load(values + head * value_head + s[:, None] * value_row + d[None, :], there, 0.0)
+    def _context(keys, values, key_scale, bias, head, count, heads, key_head, key_row, value_head,
+                 value_row, EPSILON: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+                 S: tl.constexpr, D: tl.constexpr):
+        """Return keys and values (S, D) of a head, and what is added to its scores (S,)."""
+        d, s = tl.arange(0, D), tl.arange(0, S)
+        there = (s < count) & (head < heads)
+        k = tl.load(keys + head * key_head + s[:, None] * key_row + d[None, :], there[:, None],
+                    0.0)
+        v = tl.load(values + head * value_head + s[:, None] * value_row + d[None, :],
+                    there[:, None], 0.0)
         if NORM:
             factor = tl.load(key_scale + d).to(tl.float32)[None, :]
             k = (_norm(k.to(tl.float32), D, EPSILON) * factor).to(v.dtype)
+        added = tl.zeros((S,), tl.float32)
         if BIAS:
-            added = tl.load(bias + s, s < count, 0.0).to(tl.float32)
-        if EARLY:   # keys, values and bias are older than the kernels that start early
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
+            added = tl.load(bias + s, there, 0.0).to(tl.float32)
+        return k, v, added
+
+    @triton.jit
+    def _attend_context(queries, k, v, added, out, head, rows, count, heads, scale,
+                        EPSILON: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+                        D: tl.constexpr):
+        row, d, s = tl.arange(0, M), tl.arange(0, D), tl.arange(0, S)
+        kept = row[:, None] < rows
+        place = row[:, None] * heads * D + head * D + d[None, :]
         q = tl.load(queries + place, kept, 0.0, cache_modifier='.cg')
         q = _norm(q.to(tl.float32), D, EPSILON)
-        scores = tl.dot(q.to(k.dtype), tl.trans(k)) * scale
-        if BIAS:
-            scores += added[None, :]
+        scores = tl.dot(q.to(k.dtype), tl.trans(k)) * scale + added[None, :]
         scores = tl.where(s[None, :] < count, scores, -1e30)
         weights = tl.exp(scores - tl.max(scores, 1)[:, None])
         result = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, 1)[:, None]
@@ -188,9 +194,14 @@ if triton is not None:
                          key_row, value_head, value_row, EPSILON: tl.constexpr,
                          BIAS: tl.constexpr, M: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
                          EARLY: tl.constexpr):
-        _attend_context(queries, keys, values, keys, bias, out, tl.program_id(0), rows, count,
-                        heads, scale, key_head, key_row, value_head, value_row, EPSILON, False,
-                        BIAS, M, S, D, EARLY)
+        head = tl.program_id(0)
+        k, v, added = _context(keys, values, keys, bias, head, count, heads, key_head, key_row,
+                               value_head, value_row, EPSILON, False, BIAS, S, D)
+        if EARLY:   # keys, values and bias are older than the kernels that start early
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        _attend_context(queries, k, v, added, out, head, rows, count, heads, scale, EPSILON, M, S,
+                        D)
 
     @triton.jit
     def _places(gather, s, inside, tokens, GATHER: tl.constexpr):
