@@ -814,6 +814,19 @@ def test_open_loop_finishes_a_chunk_before_the_next():
     assert driven.motion.timeline.at(driven.now_ns)[0] == pytest.approx(0.05)
 
 
+def test_an_open_loop_longer_than_the_deadline_goes_on_while_there_are_observations():
+    driven = Driven(UR, 'motion_ur_servo.yaml', mode=OpenLoop())
+    motion, wanted = driven.motion, []
+    driven.chunk(steady(0.5 * TWIST))                 # 0.8 s; the deadline is 0.4 s
+    driven.run(0.7, lambda: wanted.append(motion.wants_chunk(driven.now_ns, 200 * MS)))
+    assert motion.stopped is None and not any(wanted[10:60]) and wanted[-1]
+    driven.run(0.4)
+    assert motion.stopped == 'no chunk'               # the one that was wanted has not come
+    driven.chunk(steady(0.5 * TWIST))
+    driven.run(0.5)
+    assert motion.stopped == 'no chunk'               # and here there was no observation
+
+
 @pytest.mark.parametrize('text, mode', [
     ('open_loop', 'OpenLoop()'), ('receding_horizon', 'RecedingHorizon(steps=0)'),
     ('receding_horizon:4', 'RecedingHorizon(steps=4)'), ('real_time:3', 'RealTime(delay_steps=3)'),

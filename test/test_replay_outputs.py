@@ -123,6 +123,21 @@ def test_the_difference_is_paired_so_that_hard_episodes_do_not_hide_it(tmp_path)
     assert base['unit'] == 'rad' and base['b'] - base['a'] == pytest.approx(0.01)
     assert found['differences']['elbow']['difference']['value'] == pytest.approx(0.0)
     assert 'A is nearer to the recordings than B' in found['verdict']['headline']
+    rejected = found['shares']['rejected']
+    assert rejected['a'] == rejected['b']
+    assert rejected['difference'] == {'value': 0.0, 'low': 0.0, 'high': 0.0}
+
+
+def test_shares_of_steps_and_chunks_are_compared_over_the_same_episodes(tmp_path):
+    simple_bag(tmp_path / 'bag', episodes=4, length_ns=200 * MS, camera_ns=40 * MS, delay_ns=0)
+    # The recording leaves the limits in the last of four episodes; B in the second one too.
+    found = difference(replayed(tmp_path / 'bag', per_episode([0.0, 0.0])),
+                       replayed(tmp_path / 'bag', per_episode([0.0, 1e6])), ['a', 'b'])
+    rejected = found['shares']['rejected']
+    assert (rejected['a'], rejected['b']) == (6 / 22, 11 / 22)
+    assert rejected['difference']['value'] == pytest.approx(5 / 22)
+    assert rejected['difference']['low'] == 0.0 < 5 / 22 < rejected['difference']['high'] < 1
+    assert found['shares']['missed']['difference']['value'] == 0.0
 
 
 def test_what_differs_in_sign_from_episode_to_episode_is_not_told_apart(tmp_path):

@@ -253,6 +253,10 @@ def test_a_comparison_shows_the_difference_of_every_dimension(opened, tmp_path):
     assert page.locator('#difference-plots rect.bar').count() == 4
     rows = page.locator('#difference tbody tr').all_inner_texts()
     assert rows[1].split('\t')[:4] == ['base, rad', '0.02', '0.05', '0.03']
+    shares = page.locator('#shares tbody tr').all_inner_texts()
+    assert [row.split('\t')[0] for row in shares] == [
+        'steps without an action', 'executed steps that were stale',
+        'chunks that the guard refused']
 
 
 def test_it_fits_a_phone_and_dark_is_dark(opened):

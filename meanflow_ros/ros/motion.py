@@ -54,7 +54,8 @@ class Motion:
         space = robot.action_space
         self._astray = np.array([config.first_step.get(name, span) for name, span in zip(
             space.dimensions, _ASTRAY * (space.upper - space.lower))])
-        self._accepted_ns: int | None = None      # of the newest chunk; None: nothing to follow
+        # Of the newest chunk, or one that an open loop did not need; None: nothing to follow.
+        self._accepted_ns: int | None = None
         self._target: np.ndarray | None = None    # last action that was due
         self._stop = None                         # gives the command (A,) at a time of the stop
         self._streaming = False
@@ -89,6 +90,18 @@ class Motion:
             if stood is not None and (np.abs(self._felt[output.columns] - stood)
                                       > _STIRS * self._astray[output.columns]).any():
                 del self._stood[output.config.topic]
+
+    def wants_chunk(self, now_ns: int, lead_ns: int) -> bool:
+        """Whether a chunk for an observation that is there could be of use.
+
+        An observation that an open loop does not need yet puts the deadline off: inputs live.
+        lead_ns: how long inference takes.
+        """
+        if self.timeline.wants_chunk(now_ns, lead_ns):
+            return True
+        if self.moving:
+            self._accepted_ns = now_ns
+        return False
 
     def accept(self, chunk: ActionChunk, *, now_ns: int, epoch: int | None = None,
                state: np.ndarray | None = None, prefix: Prefix | None = None) -> SafeChunk | None:

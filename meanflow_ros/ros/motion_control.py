@@ -110,9 +110,9 @@ class MotionControl:
         return self.failure
 
     def wants_chunk(self, now_ns: int, lead_ns: int) -> bool:
-        """Whether a new chunk could be of use, see `Timeline.wants_chunk`."""
+        """Whether a chunk for an observation could be of use, see `Motion.wants_chunk`."""
         self._read_execution()
-        return self.motion.timeline.wants_chunk(now_ns, lead_ns)
+        return self.motion.wants_chunk(now_ns, lead_ns)
 
     def ask(self, observation: Observation) -> tuple[int, Prefix | None]:
         """Return what a chunk for this observation belongs to, and what it continues."""

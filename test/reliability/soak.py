@@ -26,6 +26,7 @@ from reliability.trial import attempt, prepare  # noqa: E402
 QUIET_S = (2.0, 5.0)      # without a fault, between two
 SETTLE_S = 0.5            # after a fault, before latencies count
 SETTLING_MINUTES = 2      # of a long soak, before slopes count
+VIOLATIONS_KEPT = 50      # the last ones; most come with a fault, and stand there too
 
 
 def quiet(graph: Graph, seconds: float) -> list[float]:
@@ -69,7 +70,8 @@ def soak(graph: Graph, minutes: float, seed: int, told=print) -> dict:
         told(', '.join(f'{key} {value}' for key, value in rows[-1].items()))
     return {'minutes': round((time.monotonic() - begin_s) / 60, 1), 'seed': seed,
             'faults': counts, 'crashes': crashes, 'commands': graph.checker.commands,
-            'outside_limits': graph.checker.violated, 'failures': failures,
+            'outside_limits': graph.checker.violated,
+            'violations': list(graph.checker.violations)[-VIOLATIONS_KEPT:], 'failures': failures,
             'p99_ms_per_hour': slope(rows, 'p99_ms'),
             'memory_mib_per_hour': slope(rows, 'memory_mib'), 'rows': rows}
 

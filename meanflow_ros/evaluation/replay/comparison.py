@@ -17,6 +17,7 @@ from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.evaluation.replay.running import METRICS, REPORT, Replayed, replay
 from meanflow_ros.evaluation.replay.statistics import number, with_interval
 from meanflow_ros.evaluation.replay.summary import environment, write_json
+from meanflow_ros.evaluation.replay.timing import shares_of
 from meanflow_ros.evaluation.replay.verdict import GOOD, LOOK, Finding
 from meanflow_ros.evaluation.report import write_page
 
@@ -80,7 +81,11 @@ def difference(a: Replayed, b: Replayed, names: Sequence[str]) -> dict:
     for index, name in enumerate(dimensions[0]):
         found[name] = _row([lambda drawn, own=own, at=index: own.mean(drawn)[:, at]
                             for own in both], len(pairs), scale[index], units[name])
+    counts = [shares_of(own) for own in zip(*pairs)]
+    shares = {name: _row([functools.partial(_share, *own[name]) for own in counts], len(pairs),
+                         1.0, '') for name in counts[0]}
     return {'schema': SCHEMA, 'version': VERSION, 'pairs': len(pairs), 'differences': found,
+            'shares': shares,
             'a': _account(a.document, names[0]), 'b': _account(b.document, names[1]),
             'verdict': _verdict(found[OVERALL], len(pairs)), 'environment': environment(),
             'recordings': a.document['recordings']}
@@ -103,16 +108,19 @@ def _row(statistics, pairs: int, scale: float, unit: str) -> dict:
                          for key, each in difference.items()}}
 
 
+def _share(parts: np.ndarray, wholes: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Return parts of wholes (E,), (R,), for episodes that are drawn (R, E) times; NaN of none."""
+    whole = drawn @ wholes
+    return np.where(whole > 0, drawn @ parts, np.nan) / np.maximum(whole, 1)
+
+
 def _account(document: dict, name: str) -> dict:
     numbers = 'executed' in document
     return {'name': name, 'checkpoint': document['policy']['checkpoint'],
             'verdict': document['verdict']['headline'],
             'relative_error': document['relative_error']['value'] if numbers else None,
             'latency_p50_ms': document['latency_ms']['p50'] if numbers else None,
-            'latency_p99_ms': document['latency_ms']['p99'] if numbers else None,
-            'missed_share': document['deadline_misses']['share'] if numbers else None,
-            'stale_share': document['stale']['share'] if numbers else None,
-            'rejected': document['guard']['rejected'] if numbers else None}
+            'latency_p99_ms': document['latency_ms']['p99'] if numbers else None}
 
 
 def _verdict(overall: dict, pairs: int) -> dict:

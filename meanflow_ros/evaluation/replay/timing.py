@@ -15,16 +15,13 @@ from meanflow_ros.evaluation.replay.statistics import number, quantiles
 def timing(episodes: Sequence[EpisodeReplay], robot: RobotSpec) -> dict:
     """Return the parts of metrics.json that tell of time; see docs/replay.md."""
     begun = [first_step(each) for each in episodes]
-    misses = sum(int(each.missed.sum()) for each in episodes)
-    steps = misses + sum(int((each.source >= 0).sum()) for each in episodes)
-    executed = sum(int((each.source >= 0).sum()) for each in episodes)
-    stale = sum(int(each.stale.sum()) for each in episodes)
+    shares = shares_of(episodes)
     expired = sum(int(each.expired.sum()) for each in episodes)
     live = sum(int((~np.isin(each.outcome, (DISCARDED, UNFINISHED))).sum()) for each in episodes)
     starts = np.array(begun) * robot.period_s
     return {
-        'deadline_misses': {'count': misses, 'share': _share(misses, steps)},
-        'stale': {'count': stale, 'share': _share(stale, executed)},
+        'deadline_misses': _counted(*shares['missed']),
+        'stale': _counted(*shares['stale']),
         'expired': {'count': expired, 'share': _share(expired, live * robot.horizon)},
         'start_s': quantiles(starts, (50,)),
         'observation_age_s': quantiles(_all([each.age_s for each in episodes])),
@@ -32,6 +29,21 @@ def timing(episodes: Sequence[EpisodeReplay], robot: RobotSpec) -> dict:
                                       for each in episodes])),
         'seams': _seams(episodes, robot),
         'jerk': _jerk(episodes, robot)}
+
+
+def shares_of(episodes: Sequence[EpisodeReplay]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return name -> how many (E,) of how many (E,), per episode.
+
+    missed: steps. stale: executed steps. rejected: chunks, by the guard.
+    """
+    missed = np.array([each.missed.sum() for each in episodes], np.int64)
+    executed = np.array([(each.source >= 0).sum() for each in episodes], np.int64)
+    stale = np.array([each.stale.sum() for each in episodes], np.int64)
+    checked = [~np.isin(each.outcome, (DISCARDED, UNFINISHED)) for each in episodes]
+    rejected = np.array([(own & (each.outcome != ACCEPTED)).sum()
+                         for own, each in zip(checked, episodes)], np.int64)
+    return {'missed': (missed, missed + executed), 'stale': (stale, executed),
+            'rejected': (rejected, np.array([own.sum() for own in checked], np.int64))}
 
 
 def first_step(episode: EpisodeReplay) -> int:
@@ -47,11 +59,9 @@ def guarded(episodes: Sequence[EpisodeReplay]) -> dict:
     for each in episodes:
         outcomes.update(each.outcome.tolist())
         interventions.update(each.interventions)
-    checked = sum(count for kind, count in outcomes.items()
-                  if kind not in (DISCARDED, UNFINISHED))
-    rejected = checked - outcomes[ACCEPTED]
+    rejected = _counted(*shares_of(episodes)['rejected'])
     return {'chunks': sum(outcomes.values()), 'accepted': outcomes[ACCEPTED],
-            'rejected': rejected, 'rejected_share': _share(rejected, checked),
+            'rejected': rejected['count'], 'rejected_share': rejected['share'],
             'discarded': outcomes[DISCARDED], 'unfinished': outcomes[UNFINISHED],
             'interventions': dict(sorted(interventions.items()))}
 
@@ -141,6 +151,10 @@ def _rows(parts: list[np.ndarray], robot: RobotSpec) -> np.ndarray:
 
 def _all(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0), *parts])
+
+
+def _counted(parts: np.ndarray, wholes: np.ndarray) -> dict:
+    return {'count': int(parts.sum()), 'share': _share(int(parts.sum()), int(wholes.sum()))}
 
 
 def _share(part: float, whole: float) -> float | None:

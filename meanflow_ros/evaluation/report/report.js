@@ -174,12 +174,14 @@ function comparison(found) {
   verdict(found.verdict, 'comparison', `A: ${found.a.name}. B: ${found.b.name}. ${found.pairs} episodes, paired.`);
   const each = (what, name) => round(found[name][what]);
   const rows = Object.entries(found.differences).map(([name, row]) => ({name: name.replace('_', ' '), ...row}));
+  const numbers = row => [round(row.a), round(row.b), round(row.difference.value), finite(row.difference.low) ? `${round(row.difference.low)} to ${round(row.difference.high)}` : '–'];
   section('difference', 'B less A', 'With 95 % bootstrap intervals over whole episodes; below 0, B is nearer to the recording. Relative: in units of the recorded actions’ own spread.',
     element('div', {id: 'difference-plots'}, bars({label: 'difference of the errors', rows: rows.map(row => ({name: row.name, ...row.relative, text: `${round(row.difference.value)} ${unitText(row.unit)}`,
       colour: row.relative.high < 0 ? 'var(--good)' : row.relative.low > 0 ? 'var(--stop)' : 'var(--soft)'}))})),
-    table(['', 'A', 'B', 'B less A', '95 % interval'], rows.map(row => [row.name + (unitText(row.unit) ? `, ${row.unit}` : ''), round(row.a), round(row.b), round(row.difference.value),
-      finite(row.difference.low) ? `${round(row.difference.low)} to ${round(row.difference.high)}` : '–'])));
-  section('both', 'Side by side', '', table(['', 'A', 'B'], [['relative error', 'relative_error'], ['latency p50, ms', 'latency_p50_ms'], ['latency p99, ms', 'latency_p99_ms'], ['share of missed deadlines', 'missed_share'], ['share of stale steps', 'stale_share'], ['chunks refused', 'rejected']]
+    table(['', 'A', 'B', 'B less A', '95 % interval'], rows.map(row => [row.name + (unitText(row.unit) ? `, ${row.unit}` : ''), ...numbers(row)])));
+  const words = {missed: 'steps without an action', stale: 'executed steps that were stale', rejected: 'chunks that the guard refused'};
+  section('shares', 'In time, and let pass', 'As shares, with intervals as above.', table(['', 'A', 'B', 'B less A', '95 % interval'], Object.entries(found.shares).map(([name, row]) => [words[name], ...numbers(row)])));
+  section('both', 'Side by side', '', table(['', 'A', 'B'], [['relative error', 'relative_error'], ['latency p50, ms', 'latency_p50_ms'], ['latency p99, ms', 'latency_p99_ms']]
     .map(([words, key]) => [words, each(key, 'a'), each(key, 'b')]).concat([['verdict', element('span', {}, found.a.verdict), element('span', {}, found.b.verdict)]])), element('p', {class: 'note'}, 'The reports of A and B lie beside this one, in a/ and b/.'));
   environment(found);
 }
