@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import made_bags as made

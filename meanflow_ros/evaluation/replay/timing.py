@@ -17,7 +17,7 @@ def timing(episodes: Sequence[EpisodeReplay], robot: RobotSpec) -> dict:
     begun = [first_step(each) for each in episodes]
     shares = shares_of(episodes)
     expired = sum(int(each.expired.sum()) for each in episodes)
-    live = sum(int((~np.isin(each.outcome, (DISCARDED, UNFINISHED))).sum()) for each in episodes)
+    live = int(shares['rejected'][1].sum())
     starts = np.array(begun) * robot.period_s
     return {
         'deadline_misses': _counted(*shares['missed']),
