@@ -18,6 +18,7 @@ from meanflow_ros.training.train import train
 if importlib.util.find_spec('metaworld') is None:
     pytest.skip('metaworld is missing: install .[sim]', allow_module_level=True)
 
+from meanflow_ros.evaluation import benchmark  # noqa: E402
 from meanflow_ros.evaluation.benchmark import (  # noqa: E402
     CEILING, PROBED, RECIPES, Trial, counts, evaluate, jobs_of, table, table_by_task,
     trials_of)
@@ -128,6 +129,24 @@ MEASURED = {'trials': [
 
 def cells_of(text):
     return [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()]
+
+
+def test_an_episode_is_on_disk_as_soon_as_it_is_done(tmp_path, monkeypatch):
+    """What ends the process with a SIGKILL afterwards takes none away."""
+    path, found = tmp_path / 'episodes.jsonl', []
+
+    def run_episodes(acts, jobs, robots, *, camera_every, progress):
+        for job in jobs:
+            progress(job, EpisodeResult(
+                task=job.task, seed=job.seed, instruction='', success=True, steps=1,
+                starved_steps=0, chunks=0, latency_p50_ms=0.0, latency_p99_ms=0.0))
+            found.append([json.loads(line)['result']['seed']
+                          for line in path.read_text().splitlines()])
+
+    monkeypatch.setattr(benchmark, 'run_episodes', run_episodes)
+    benchmark.evaluate(None, [], ['reach'], argparse.Namespace(
+        out=tmp_path, episodes=2, robots=1, camera_every=4))
+    assert found == [[100_000], [100_000, 100_001]]
 
 
 def test_the_table_has_means_over_seeds_their_spread_and_the_modes():
