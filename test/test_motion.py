@@ -133,6 +133,67 @@ def test_a_franka_follows_chunks_through_its_trajectory_controller_without_a_jum
     assert gripper.values[0] == pytest.approx(path(2.4)[0], abs=0.02) and gripper.rejected == 0
 
 
+class Late:
+    """A controller that gets its trajectories some time after they were sent."""
+
+    def __init__(self, controller, late_ns):
+        self.controller, self._late_ns, self._on_their_way = controller, late_ns, []
+
+    def receive(self, message, now_ns):
+        self._on_their_way.append((now_ns + self._late_ns, message))
+
+    def state(self, now_ns):
+        while self._on_their_way and self._on_their_way[0][0] <= now_ns:
+            at_ns, message = self._on_their_way.pop(0)
+            self.controller.receive(message, at_ns)
+        return self.controller.state(now_ns)
+
+
+def to_and_fro(late_ms, lead_s, every_ms=33, acceleration=7.0):
+    """Return the set-point and its velocity every ms: chunks call a joint to and fro.
+
+    The states that they answer are those of the controller.
+    """
+    arm = Late(JointTrajectoryController(['q'], [0.0]), late_ms * MS)
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',), lead_s=lead_s), arm, 1.1,
+                     acceleration)
+    course = []
+    for now_ms in range(3000):
+        driven.wire.now_ns += MS
+        course.append([value[0] for value in arm.state(driven.now_ns)])
+        if now_ms % every_ms == 0:
+            driven.motion.feel(np.array(course[-1][:1]))
+            driven.chunk(np.full((16, 1), 1.5 if now_ms // 500 % 2 == 0 else -1.5))
+        if now_ms % 20 == 0:
+            driven.motion.tick(driven.now_ns)
+    assert arm.controller.rejected == []
+    return np.array(course).T
+
+
+@pytest.mark.parametrize('lead_s', [0.05, 0.1])
+@pytest.mark.parametrize('share', [0.2, 0.5, 0.96])
+def test_when_within_its_lead_a_trajectory_reaches_the_controller_does_not_matter(lead_s, share):
+    in_time = to_and_fro(0, lead_s)
+    late = to_and_fro(round(1000 * share * lead_s), lead_s)
+    for positions, velocities in (in_time, late):
+        assert np.abs(velocities).max() <= 1.1 * (1 + 1e-6)
+        assert np.ptp(positions) > 0.5
+        # Cubics exceed the acceleration between points 50 ms apart, but nothing jumps.
+        assert np.abs(np.diff(velocities)).max() <= 4 * 7.0 * 0.001
+    # But for the lead of the first one, the courses are one.
+    np.testing.assert_allclose(late[0], in_time[0], atol=0.004)
+
+
+@pytest.mark.parametrize('every_ms', [3, 10, 33, 100])
+@pytest.mark.parametrize('lead_s, acceleration', [(0.05, 7.0), (0.2, 7.0), (0.2, 0.7)])
+def test_a_robot_whose_chunks_come_faster_than_the_lead_begins_to_move(
+        every_ms, lead_s, acceleration):
+    positions, velocities = to_and_fro(0, lead_s, every_ms, acceleration)
+    # From rest to 0.05 within the limits, and the lead.
+    assert positions[round(1000 * (lead_s + np.sqrt(2 * 0.05 / acceleration) + 0.15))] > 0.05
+    assert np.abs(velocities).max() <= 1.1 * (1 + 1e-6)
+
+
 def test_a_trajectory_ends_at_rest_ahead_of_now_with_every_joint():
     driven = Driven(FRANKA, 'motion_franka.yaml')
     driven.wire.now_ns += 3
@@ -141,7 +202,7 @@ def test_a_trajectory_ends_at_rest_ahead_of_now_with_every_joint():
     assert message.joint_names == PANDA
     starts = [point.time_from_start.sec * 10**9 + point.time_from_start.nanosec
               for point in message.points]
-    assert starts[0] > 20 * MS and len(starts) == 16
+    assert starts[0] == 50 * MS and len(starts) == 16
     assert list(message.points[-1].velocities) == [0.0] * 7
     assert message.points[7].velocities[0] == pytest.approx(0.2 * np.sin(0.4), rel=0.01)
 
@@ -241,7 +302,9 @@ def test_without_a_chunk_the_arm_decelerates_on_its_path_and_rests():
     assert arm.rejected == []
     velocity = np.diff(states) / 0.02
     assert (velocity > -1e-9).all() and velocity[-30:].max() < 1e-9
-    assert states[-1] < 0.2 * (1 - np.cos(0.8)) - 0.005        # short of the end of the chunk
+    # At 0.52 s, beyond the deadline, the stop is sent; its lead later it begins, and goes on for
+    # half of stop_s of the path, which would have gone on to 0.8 s.
+    assert states[-1] == pytest.approx(0.2 * (1 - np.cos(0.57 + 0.2)), abs=2e-4)
 
 
 def servo():

@@ -100,12 +100,14 @@ class Guard:
                         if not kind.endswith(('clamped', 'slowed'))})
 
     def check(self, chunk: ActionChunk, *, now_ns: int, start: np.ndarray | None = None,
-              state: np.ndarray | None = None, motion: np.ndarray | None = None) -> SafeChunk:
+              state: np.ndarray | None = None, motion: np.ndarray | None = None,
+              motion_ns: np.ndarray | None = None) -> SafeChunk:
         """Return the steps still due at `now_ns`; Rejected (counted by kind) otherwise.
 
         start: (A,) where the robot is, in the units of the action. state: (P,) as observed.
-        motion: (3, A) position, velocity and acceleration that are commanded now; None where the
-        robot stands. A first step that is clamped continues from there.
+        motion: (3, A) position, velocity and acceleration that are commanded at motion_ns (A,), by
+        default now; None where the robot stands. A first step that is clamped continues from
+        there.
         """
         try:
             self._require_familiar(state)
@@ -119,7 +121,7 @@ class Guard:
                                           f'picture too old')
             timed = TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns,
                                  actions=actions[-len(timed.actions):])
-            return self._sealed(self._steady(timed, start, now_ns, motion))
+            return self._sealed(self._steady(timed, start, now_ns, motion, motion_ns))
         except Rejected as error:
             self.interventions[error.kind] += 1
             raise
@@ -295,7 +297,7 @@ class Guard:
         return actions
 
     def _steady(self, timed: TimedActions, start: np.ndarray | None, now_ns: int,
-                motion: np.ndarray | None) -> TimedActions:
+                motion: np.ndarray | None, motion_ns: np.ndarray | None) -> TimedActions:
         """Return the steps with a first one near the robot, and within the limits of change."""
         names, tolerance = self._robot.action_space.dimensions, self._settings.first_step
         if start is not None and tolerance is not None:
@@ -312,7 +314,8 @@ class Guard:
                 if motion is not None and not np.isfinite(motion).all():
                     raise Rejected('not_finite', 'the motion that is under way is not finite')
                 timed = (self._tracked(timed, begin) if motion is None else
-                         _without_first(self.follow(timed, now_ns=now_ns, motion=motion)))
+                         _without_first(self.follow(timed, now_ns=now_ns, motion=motion,
+                                                    motion_ns=motion_ns)))
         excess = _excess(timed, self.limits)
         for kind in RATES:
             worst = int(np.argmax(excess[kind]))
@@ -334,14 +337,31 @@ class Guard:
     def _remedy(self, kind: str) -> str:
         return self._settings.remedies.get(kind, REJECT)
 
-    def follow(self, timed: TimedActions, *, now_ns: int, motion: np.ndarray) -> TimedActions:
+    def follow(self, timed: TimedActions, *, now_ns: int, motion: np.ndarray,
+               motion_ns: np.ndarray | None = None) -> TimedActions:
         """Return what a robot does within the limits that follows the steps from now on.
 
-        It begins with where it is. motion: (3, A), what it does now, as for `check`.
+        It begins with where it is. motion: (3, A), what it does at motion_ns (A,), by default now:
+        until then it has that velocity.
         """
         position = np.clip(motion[0], self._box.lower, self._box.upper)
         begin_ns = min(now_ns, int(timed.due_ns[0]) - 1)
-        return self._tracked(_with_first(timed, begin_ns, position), position, *motion[1:])
+        whole = _with_first(timed, begin_ns, position)
+        path = self._tracked(whole, position, *motion[1:])
+        if motion_ns is None or (motion_ns <= now_ns).all():
+            return path
+        actions = path.actions.copy()
+        for at_ns in np.unique(motion_ns[motion_ns > now_ns]):
+            which = motion_ns == at_ns
+            since_s = (whole.due_ns - at_ns)[:, None] / 1e9
+            actions[:, which] = np.clip(position + since_s * motion[1], self._box.lower,
+                                        self._box.upper)[:, which]
+            ahead = timed.after(int(at_ns) + 1)
+            if ahead is not None:
+                later = self._tracked(_with_first(ahead, int(at_ns), position), position,
+                                      *motion[1:])
+                actions[-len(ahead.due_ns):, which] = later.actions[1:, which]
+        return TimedActions(stamp_ns=path.stamp_ns, due_ns=path.due_ns, actions=actions)
 
     def _tracked(self, timed: TimedActions, start: np.ndarray, velocity: np.ndarray | None = None,
                  acceleration: np.ndarray | None = None) -> TimedActions:

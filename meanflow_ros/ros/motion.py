@@ -14,19 +14,15 @@ import numpy as np
 
 from meanflow_ros.core.contract import (
     ActionChunk, RobotSpec, SafeChunk, SafeCommand, TimedActions)
-from meanflow_ros.core.guard import Guard, Rejected
+from meanflow_ros.core.guard import Guard
 from meanflow_ros.core.timeline import Mode, Prefix, StopAlongPath, Timeline
+from meanflow_ros.ros.followed import NANOSECONDS, Followed
 from meanflow_ros.ros.motion_config import HOLD, NEUTRAL, MotionConfig, measured_names
 
-NANOSECONDS = 1_000_000_000
 NO_CHUNK, NO_SUBSCRIBER = 'no chunk', 'no subscriber'
 REST_S = 1.0         # a stream goes on this long after the robot has come to rest
 _SUBSCRIBERS_S = 0.1
 _ASTRAY = 0.05          # share of its range by which a joint may lag, without first_step
-_LAG_S = 0.2            # by which a joint and its state follow late, at its largest velocity
-_ASTRAY_S = 2.0         # so long it must stay there before it begins anew from there
-_STIRS = 0.1            # share of what a joint may lag; more is motion and no noise
-_BEGINS = 0.5           # share of it that a trajectory may be ahead to begin anew without a jump
 _STANDING_PERIODS = 6   # without a command, after which a robot stands: then a stream may begin
 
 
@@ -50,21 +46,18 @@ class Motion:
         self.unheard: list[str] = []
         self._measured = {name: robot.action_space.dimensions.index(name)
                           for name in measured_names(robot)}
-        self._felt = np.full(robot.action_space.size, np.nan)
         space = robot.action_space
-        self._astray = np.array([config.first_step.get(name, span) for name, span in zip(
-            space.dimensions, _ASTRAY * (space.upper - space.lower))])
+        self._followed = Followed(self.outputs, guard, np.array([
+            config.first_step.get(name, span) for name, span in zip(
+                space.dimensions, _ASTRAY * (space.upper - space.lower))]))
         # Of the newest chunk, or one that an open loop did not need; None: nothing to follow.
         self._accepted_ns: int | None = None
         self._target: np.ndarray | None = None    # last action that was due
         self._stop = None                         # gives the command (A,) at a time of the stop
         self._streaming = False
         self._silenced_ns: int | None = None
-        self._astray_ns: int | None = None
         self._rest_ns: int | None = None
         self._looked_ns = 0
-        # Topic -> where (D,) its controller stood at its first trajectory, until it moves.
-        self._stood: dict[str, np.ndarray] = {}
 
     @property
     def moving(self) -> bool:
@@ -83,13 +76,14 @@ class Motion:
 
     def feel(self, state: np.ndarray) -> None:
         """Note the measured state (P,)."""
+        felt = np.full(self.robot.action_space.size, np.nan)
         for name, index in self._measured.items():
-            self._felt[index] = state[self.robot.state_names.index(name)]
-        for output in self.outputs:
-            stood = self._stood.get(output.config.topic)
-            if stood is not None and (np.abs(self._felt[output.columns] - stood)
-                                      > _STIRS * self._astray[output.columns]).any():
-                del self._stood[output.config.topic]
+            felt[index] = state[self.robot.state_names.index(name)]
+        self._followed.feel(felt)
+
+    @property
+    def _felt(self) -> np.ndarray:
+        return self._followed.felt
 
     def wants_chunk(self, now_ns: int, lead_ns: int) -> bool:
         """Whether a chunk for an observation that is there could be of use.
@@ -113,11 +107,11 @@ class Motion:
         if self._is_coming_to_rest(now_ns):
             self.timeline.discarded['silenced'] += 1
             return None
-        self._require_followed(now_ns)
+        self._followed.require(now_ns)
         start = self._start_of(chunk)
         safe = self.guard.check(chunk, now_ns=now_ns, state=state,
                                 start=start if self._measured else None,
-                                motion=self._under_way(start, now_ns))
+                                **self._under_way(start, now_ns))
         if not self._somebody_listens(now_ns):
             self._stop_for(NO_SUBSCRIBER, now_ns)
             return safe
@@ -166,13 +160,12 @@ class Motion:
         if path is not None:     # as it is executed, which may lag far behind
             motion = self._under_way(np.where(np.isnan(self._felt), path.actions[0], self._felt),
                                      now_ns, stopping=True)
-            path = path if motion is None else self.guard.follow(path, now_ns=now_ns,
-                                                                 motion=motion)
+            path = self.guard.follow(path, now_ns=now_ns, **motion) if motion else path
         self._stop = self._safe_action(path, now_ns)
         for output in self.outputs:
             # Beyond its last trajectory a controller rests, where one is known.
             if not output.streams and (path is not None or output.set_point(now_ns) is None):
-                self._send_stop(output, now_ns)
+                self._send_stop(output, path, now_ns)
         self._forget_unheard()
 
     def clock_jumped(self, now_ns: int) -> None:
@@ -219,117 +212,53 @@ class Motion:
         return np.where(np.isnan(self._felt), np.clip(first, limits.lower, limits.upper),
                         self._felt)
 
-    def _under_way(self, start: np.ndarray, now_ns: int, *,
-                   stopping: bool = False) -> np.ndarray | None:
-        """Return position, velocity and acceleration that are commanded now, (3, A).
+    def _under_way(self, start: np.ndarray, now_ns: int, *, stopping: bool = False) -> dict:
+        """Return position, velocity and acceleration that are commanded, (3, A), and when, (A,).
 
-        None where nothing is. An output that does not move yet stands at `start` (A,). stopping:
-        a joint that is measured too far from where it was sent does not stand there.
+        That is now, and for a trajectory where the next one begins. Nothing where nothing is
+        commanded. An output that does not move yet stands at `start` (A,). stopping: a joint that
+        is measured too far from where it was sent does not stand there.
         """
-        motion = np.zeros((3, len(start)))
+        motion, motion_ns = np.zeros((3, len(start))), np.full(len(start), now_ns)
         motion[0], known = start, False
         for output in self.outputs:
             columns = output.columns
             if output.streams and self._streaming:
                 sent = self.guard.motion(now_ns=now_ns, period_s=self.config.period_s)[:, columns]
-                astray = np.abs(self._felt[columns] - sent[0]) > self._tolerance(output)
+                astray = np.abs(self._felt[columns] - sent[0]) > self._followed.tolerance(output)
                 motion[:, columns] = np.where(astray & (not stopping), motion[:, columns], sent)
             elif not output.streams and output.set_point(now_ns) is not None:
-                motion[:2, columns] = self._set_point(output, now_ns, stopping=stopping)
+                begins = self._followed.start(output, now_ns, stopping=stopping)
+                motion[:2, columns], motion_ns[columns] = begins.begin, begins.begin_ns
             else:
                 continue
             known = True
-        return motion if known else None
+        return {'motion': motion, 'motion_ns': motion_ns} if known else {}
 
     def _send_chunk(self, output, timed: TimedActions, now_ns: int, *,
                     stopping: bool = False) -> None:
-        """Send what lies ahead, on a way within the limits from where the controller is.
+        """Send what lies ahead, on a way within the limits from where the controller will be.
 
-        A step nearer than half a period is left out: the way to it would be steep for nothing.
+        A step nearer to that than half a period is left out: the way to it would be steep for
+        nothing. If none is left, the controller goes on as it was told.
         """
-        start = self._set_point(output, now_ns, stopping=stopping)
-        ahead = output.ahead(timed, now_ns, self.robot.period_s / 2)
-        if start is None or ahead is None:
-            safe = self.guard.check_plan(timed)
-        else:
-            whole = np.full((2, self.robot.action_space.size), np.nan)
-            whole[:, output.columns] = start
-            safe = self.guard.check_plan(ahead, start=(now_ns, *whole))
-        if output.set_point(now_ns) is None:
-            self._stood[output.config.topic] = self._felt[output.columns].copy()
-        output.send_chunk(safe, now_ns, self.guard.limits.velocity, start)
-
-    def _require_followed(self, now_ns: int) -> None:
-        """Rejected while a joint is measured far from where its controller was sent.
-
-        Either it does not follow or its state is wrong. If it stays there, that is where it is:
-        but nowhere outside its limits, where no way begins.
-        """
-        for output in self.outputs:
-            if output.streams:
-                continue
-            told = output.set_point(now_ns)
-            if told is None:
-                self._require_inside(output, ~np.isnan(self._felt[output.columns]))
-                continue
-            away = np.abs(self._felt[output.columns] - told[0])
-            far = away > self._tolerance(output)
-            if not far.any():
-                continue
-            self._require_inside(output, far)
-            worst = int(np.argmax(np.nan_to_num(away / self._tolerance(output))))
-            if self._astray_ns is None or now_ns < self._astray_ns:
-                self._astray_ns = now_ns
-            if not self._stays_astray(now_ns):
-                self.guard.interventions['astray'] += 1
-                raise Rejected('astray', f'{output.config.dimensions[worst]!r} is '
-                                         f'{away[worst]:.4g} away from where it was sent')
+        start = self._followed.start(output, now_ns, stopping=stopping)
+        first_ns = now_ns + output.lead_ns
+        if start is not None:
+            first_ns = max(first_ns, start.begin_ns + self.timeline.period_ns // 2)
+        ahead = timed.due_ns >= first_ns
+        if not ahead.any():
             return
-        self._astray_ns = None
-
-    def _require_inside(self, output, which: np.ndarray) -> None:
-        """Rejected if a joint of these (D,) is measured outside its limits."""
-        looked_at = np.zeros(len(self._felt), bool)
-        looked_at[output.columns] = which
-        try:
-            self.guard.require_inside(self._felt, looked_at)
-        except Rejected as error:
-            self._astray_ns = None
-            self.guard.interventions[error.kind] += 1
-            raise
-
-    def _tolerance(self, output) -> np.ndarray:
-        """Return how far (D,) a joint may be from its set-point: it and its state lag behind."""
-        columns = output.columns
-        return self._astray[columns] + _LAG_S * self.guard.limits.velocity[columns]
-
-    def _stays_astray(self, now_ns: int) -> bool:
-        return (self._astray_ns is not None
-                and now_ns - self._astray_ns >= _ASTRAY_S * NANOSECONDS)
-
-    def _set_point(self, output, now_ns: int, *,
-                   stopping: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return position and velocity (D,) of a controller of trajectories; None if unknown.
-
-        They are those of the last trajectory, and for a stop always. A joint that has long been
-        measured too far from there counts as standing where it is. So does a robot that has not
-        been seen to move yet, if that is near: a controller that has just started takes late
-        what it was sent, and would jump to trajectories that have gone on ahead of it.
-        """
-        columns, limits = output.columns, self.guard.limits
-        felt, told = self._felt[columns], output.set_point(now_ns)
-        if told is None:
-            if not self.guard.is_inside(self._felt)[columns].all():
-                return None
-            told = felt, np.zeros(len(felt))
-        position, velocity = told
-        if not stopping and output.config.topic in self._stood and (
-                np.abs(felt - position) <= _BEGINS * self._astray[columns]).all():
-            position, velocity = felt, np.zeros(len(felt))
-        if not stopping and self._stays_astray(now_ns):
-            astray = np.abs(felt - position) > self._tolerance(output)
-            position, velocity = np.where(astray, felt, position), np.where(astray, 0.0, velocity)
-        return np.clip(position, limits.lower[columns], limits.upper[columns]), velocity
+        plan = TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns[ahead],
+                            actions=timed.actions[ahead])
+        begins = None
+        if start is not None:
+            whole = np.full((2, self.robot.action_space.size), np.nan)
+            whole[:, output.columns] = start.begin
+            begins = start.begin_ns, *whole
+        safe = self.guard.check_plan(plan, start=begins)
+        self._followed.note_start(output, now_ns)
+        output.send_chunk(safe, now_ns, self.guard.limits.velocity, start)
 
     def _begin_stream(self, safe: SafeChunk) -> None:
         space = self.robot.action_space
@@ -388,19 +317,28 @@ class Motion:
             return _constant(self.config.neutral_command(self.robot))
         if path is None or self.config.safe_action == HOLD:
             return _constant(self._still() if path is None else
-                             self.robot.action_space.at_rest(path.actions[0]))
+                             self.robot.action_space.at_rest(_between(path, now_ns)))
         return StopAlongPath(path, start_ns=now_ns, stop_s=self.config.stop_s,
                              is_rate=self.robot.action_space.is_rate).at
 
-    def _send_stop(self, output, now_ns: int) -> None:
-        """Send the stop as a trajectory: a controller would go on to the end of the last one."""
-        period_ns = self.timeline.period_ns
+    def _send_stop(self, output, path: TimedActions | None, now_ns: int) -> None:
+        """Send the stop as a trajectory: a controller would go on to the end of the last one.
+
+        It begins when the lead is over, until when the controller follows the last one.
+        """
+        begin_ns, period_ns = now_ns + output.lead_ns, self.timeline.period_ns
+        stop = self._safe_action(path, begin_ns)
         count = max(2, 1 + round(self.config.stop_s * NANOSECONDS / period_ns))
-        lead_ns = round(output.config.lead_s * NANOSECONDS) + 1
-        due_ns = now_ns + lead_ns + period_ns * np.arange(count)
-        actions = np.array([self._stop(int(due)) for due in due_ns])
-        plan = TimedActions(stamp_ns=now_ns, due_ns=due_ns, actions=actions)
+        due_ns = begin_ns + period_ns * np.arange(1, 1 + count)
+        plan = TimedActions(stamp_ns=now_ns, due_ns=due_ns,
+                            actions=np.array([stop(int(due)) for due in due_ns]))
         self._send_chunk(output, plan, now_ns, stopping=True)
+
+
+def _between(path: TimedActions, now_ns: int) -> np.ndarray:
+    """Return the action (A,) of a path at a time, on a line between its steps."""
+    since = (path.due_ns - now_ns).astype(float)
+    return np.array([np.interp(0.0, since, column) for column in path.actions.T])
 
 
 def _constant(command: np.ndarray):

@@ -53,15 +53,15 @@ class JointTrajectoryOutput:
 
     joints: the controller's names of the dimensions, the same by default. end_velocity: `zero`
     for controllers that reject a trajectory which ends in motion, as they do by default from Iron
-    on; `any` where that is allowed; `auto` goes by ROS_DISTRO. lead_s: the first point lies at
-    least this far ahead.
+    on; `any` where that is allowed; `auto` goes by ROS_DISTRO. lead_s: a trajectory goes
+    on from where the one before leads by then, so this is how late it may arrive.
     """
 
     topic: str
     dimensions: tuple[str, ...]
     joints: tuple[str, ...] = ()
     end_velocity: str = AUTO
-    lead_s: float = 0.02
+    lead_s: float = 0.05
     streams = False
 
 

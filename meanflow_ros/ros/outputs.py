@@ -17,8 +17,9 @@ from geometry_msgs.msg import TwistStamped
 from std_msgs.msg import Bool, Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from meanflow_ros.core.contract import ActionSpace, SafeChunk, SafeCommand, TimedActions
+from meanflow_ros.core.contract import ActionSpace, SafeChunk, SafeCommand
 from meanflow_ros.ros import to_messages
+from meanflow_ros.ros.followed import Start
 from meanflow_ros.ros.motion_config import (
     AUTO, ZERO, ForwardCommandOutput, GripperOutput, JointJogOutput, JointTrajectoryOutput,
     TwistOutput)
@@ -107,13 +108,13 @@ class _JointTrajectory(Output):
 
     def __init__(self, node, config, space):
         super().__init__(node, config, space)
-        self._told = None      # times (ns), positions and velocities of the last trajectory
+        self.lead_ns = round(config.lead_s * 1e9)
+        self._told = None      # times (ns), positions and velocities that the controller follows
 
-    def ahead(self, timed: TimedActions, now_ns: int, lead_s: float = 0.0) -> TimedActions | None:
-        """Return the steps that lie far enough ahead, by `lead_s` too; None if there are none."""
-        ahead = timed.due_ns > now_ns + round(max(lead_s, self.config.lead_s) * 1e9)
-        return TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns[ahead],
-                            actions=timed.actions[ahead]) if ahead.any() else None
+    @property
+    def end_ns(self) -> int | None:
+        """Return when the last trajectory ends, None before the first one."""
+        return None if self._told is None else int(self._told[0][-1])
 
     def set_point(self, now_ns: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Return where the controller is that follows the last trajectory, and how fast, (D,).
@@ -139,31 +140,42 @@ class _JointTrajectory(Output):
         self._told = None
 
     def send_chunk(self, safe: SafeChunk, now_ns: int, max_velocity: np.ndarray,
-                   start: tuple[np.ndarray, np.ndarray] | None = None) -> None:
-        """Publish the points that lie far enough ahead, if there are any.
+                   start: Start | None = None) -> None:
+        """Publish the points, after the one that they begin from if that lies ahead.
 
-        max_velocity: (A,), kept between the points too. start: position and velocity (D,) of the
-        controller now, if they are known.
+        max_velocity: (A,), kept between the points too. start: None if it is unknown.
         """
-        timed = self.ahead(safe.timed, now_ns)
-        if timed is None:
-            return
-        due_ns, positions = timed.due_ns, timed.actions[:, self.columns]
+        due_ns, positions = safe.timed.due_ns, safe.timed.actions[:, self.columns]
         if start is not None:
-            due_ns, positions = np.append(now_ns, due_ns), np.vstack([start[0], positions])
+            due_ns = np.append(start.begin_ns, due_ns)
+            positions = np.vstack([start.begin[0], positions])
         due_ns, velocities = with_velocities(
             due_ns, positions, max_velocity[self.columns],
             to_rest=ends_at_rest(self.config.end_velocity),
-            begin=None if start is None else start[1])
-        self._told = due_ns, positions, velocities
+            begin=None if start is None else start.begin[1])
+        if start is not None and start.begin_ns > now_ns:
+            before_ns, before, speeds = zip(*self._until_begin(start, now_ns))
+            due_ns = np.append(before_ns, due_ns)
+            positions = np.vstack([*before, positions])
+            velocities = np.vstack([*speeds, velocities])
         message = JointTrajectory(joint_names=list(self.config.joints or self.config.dimensions))
         message.header.stamp = to_messages.time(now_ns)
         message.points = [
             JointTrajectoryPoint(positions=position.tolist(), velocities=velocity.tolist(),
                                  time_from_start=to_messages.duration(int(due) - now_ns))
-            for due, position, velocity in zip(due_ns, positions, velocities)
-        ][0 if start is None else 1:]
+            for due, position, velocity in zip(due_ns, positions, velocities) if due > now_ns]
+        self._told = due_ns, positions, velocities
         self.publisher.publish(message)
+
+    def _until_begin(self, start: Start, now_ns: int) -> list[tuple]:
+        """Return times, positions and velocities from now on until a new trajectory begins.
+
+        Without the points of the last one the way may be faster than it was. Those in the first
+        half of the lead are left out: a controller that is elsewhere would jump to them.
+        """
+        told = [point for point in zip(*self._told)
+                if now_ns + self.lead_ns // 2 < point[0] < start.begin_ns]
+        return [(now_ns, *start.now), *(told if start.goes_on else [])]
 
 
 def ends_at_rest(end_velocity: str) -> bool:
