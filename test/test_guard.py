@@ -256,6 +256,18 @@ def test_a_clamped_first_step_continues_the_motion_that_is_under_way():
     assert late[0, 0] == pytest.approx(0.2, abs=1e-6)        # it is due now: where it is
 
 
+def test_a_motion_that_is_under_way_until_later_is_continued_from_then_on():
+    near = guard('first_step', 'clamp', first_step=np.array([0.05, np.inf]))
+    motion = np.array([[0.2, 0.0], [0.3, 0.0], [0.0, 0.0]])
+    when = {'motion': motion, 'motion_ns': np.array([170_000_000, 60_000_000])}
+    actions = near.check(moving(np.full(5, 1.5)), now_ns=60_000_000, start=np.array([0.15, 0.0]),
+                         **when).timed.actions
+    # Until 170 ms at 0.3 rad/s, through 0.2 there; then as above, 30 ms at that jerk.
+    assert actions[0, 0] == pytest.approx(0.2 - 0.3 * 0.07)
+    assert actions[1, 0] == pytest.approx(0.2 + 0.3 * 0.03 + 200 * 0.03**3 / 6)
+    assert np.diff(actions[3:, 0]) == pytest.approx(0.1)
+
+
 def test_a_start_that_is_no_number_rejects_whatever_the_remedy():
     with pytest.raises(Rejected, match='first_step|would begin'):
         guard('first_step', 'clamp', first_step=np.array([0.05, 1.0])).check(

@@ -43,6 +43,8 @@ class Followed:
         self._astray_ns: int | None = None
         # Topic -> where (D,) its controller stood at its first trajectory, until it moves.
         self._stood: dict[str, np.ndarray] = {}
+        self._known: dict[str, dict[bytes, tuple[str, str]]] = {}   # topic -> its subscribers ever
+        self._restarted: set[str] = set()                           # topics
 
     def feel(self, felt: np.ndarray) -> None:
         """Note the measured positions (A,)."""
@@ -52,6 +54,29 @@ class Followed:
             if stood is not None and (np.abs(felt[output.columns] - stood)
                                       > _STIRS * self._astray[output.columns]).any():
                 del self._stood[output.config.topic]
+
+    def look(self) -> None:
+        """Notice controllers that were started again: another subscription of a known node."""
+        for output in self._outputs:
+            now, topic = output.subscribers(), output.config.topic
+            known = self._known.setdefault(topic, {})
+            if any(name in known.values() for gid, name in now.items() if gid not in known):
+                self._restarted.add(topic)
+            known.update(now)
+
+    def is_unsure(self, output, now_ns: int) -> bool:
+        """Whether a controller that was started again may not know its last trajectory.
+
+        Nor may it have been another node of that name: so nothing is sent until that trajectory
+        has ended, and the next one begins where the robot is measured.
+        """
+        if output.config.topic not in self._restarted:
+            return False
+        if output.set_point(now_ns) is None or now_ns - output.end_ns > _LAG_S * NANOSECONDS:
+            self._restarted.discard(output.config.topic)
+            output.forget()
+            return False
+        return True
 
     def tolerance(self, output) -> np.ndarray:
         """Return how far (D,) a joint may be from its set-point: it and its state lag behind."""
@@ -64,7 +89,12 @@ class Followed:
         Either it does not follow or its state is wrong. If it stays there, that is where it is:
         but nowhere outside its limits, where no way begins.
         """
+        self.look()
         for output in self._outputs:
+            if self.is_unsure(output, now_ns):
+                self._guard.interventions['astray'] += 1
+                raise Rejected('astray', f'the controller of {output.config.topic!r} has been '
+                                         f'started again: its last trajectory has yet to end')
             told = output.set_point(now_ns)
             if told is None:
                 self._require_inside(output, ~np.isnan(self.felt[output.columns]))

@@ -164,7 +164,9 @@ class Motion:
         self._stop = self._safe_action(path, now_ns)
         for output in self.outputs:
             # Beyond its last trajectory a controller rests, where one is known.
-            if not output.streams and (path is not None or output.set_point(now_ns) is None):
+            if output.streams or path is None and output.set_point(now_ns) is not None:
+                continue
+            if reason != NO_CHUNK or not self._followed.is_unsure(output, now_ns):
                 self._send_stop(output, path, now_ns)
         self._forget_unheard()
 

@@ -24,6 +24,7 @@ from meanflow_ros.ros.motion_config import (
     AUTO, ZERO, ForwardCommandOutput, GripperOutput, JointJogOutput, JointTrajectoryOutput,
     TwistOutput)
 
+_UNKNOWN = '_NODE_NAME_UNKNOWN_'
 _ROUNDING = 1e-9           # share of a velocity limit
 _LEAST_STRETCH = 1.001     # of a trajectory's times, again and again until it keeps its limits
 
@@ -108,6 +109,7 @@ class _JointTrajectory(Output):
 
     def __init__(self, node, config, space):
         super().__init__(node, config, space)
+        self._node = node
         self.lead_ns = round(config.lead_s * 1e9)
         self._told = None      # times (ns), positions and velocities that the controller follows
 
@@ -135,6 +137,15 @@ class _JointTrajectory(Output):
         return (p0 + gap_s * v0 * share + square * share**2 + cube * share**3,
                 v0 + (2 * square * share + 3 * cube * share**2) / gap_s)
 
+    def subscribers(self) -> dict[bytes, tuple[str, str]]:
+        """Return namespace and name of the nodes that subscribe, by their subscriptions' GIDs.
+
+        Those are left out whose names are not known yet.
+        """
+        return {bytes(each.endpoint_gid): (each.node_namespace, each.node_name) for each in
+                self._node.get_subscriptions_info_by_topic(self.publisher.topic_name)
+                if each.node_name != _UNKNOWN}
+
     def forget(self) -> None:
         """Know no trajectory: nobody has received the last one."""
         self._told = None
@@ -154,7 +165,7 @@ class _JointTrajectory(Output):
             to_rest=ends_at_rest(self.config.end_velocity),
             begin=None if start is None else start.begin[1])
         if start is not None and start.begin_ns > now_ns:
-            before_ns, before, speeds = zip(*self._until_begin(start, now_ns))
+            before_ns, before, speeds = zip(*self._until_begin(start, now_ns, max_velocity))
             due_ns = np.append(before_ns, due_ns)
             positions = np.vstack([*before, positions])
             velocities = np.vstack([*speeds, velocities])
@@ -167,15 +178,19 @@ class _JointTrajectory(Output):
         self._told = due_ns, positions, velocities
         self.publisher.publish(message)
 
-    def _until_begin(self, start: Start, now_ns: int) -> list[tuple]:
+    def _until_begin(self, start: Start, now_ns: int, max_velocity: np.ndarray) -> list[tuple]:
         """Return times, positions and velocities from now on until a new trajectory begins.
 
-        Without the points of the last one the way may be faster than it was. Those in the first
-        half of the lead are left out: a controller that is elsewhere would jump to them.
+        Where one cubic would be too fast, the points of the last trajectory are among them. Those
+        in the first half of the lead are not: a controller that is elsewhere would jump to them.
         """
-        told = [point for point in zip(*self._told)
-                if now_ns + self.lead_ns // 2 < point[0] < start.begin_ns]
-        return [(now_ns, *start.now), *(told if start.goes_on else [])]
+        now, (here, speed), (there, next_speed) = (now_ns, *start.now), start.now, start.begin
+        slope = (there - here) / ((start.begin_ns - now_ns) / 1e9)
+        if not start.goes_on or (_peak(speed, next_speed, slope)
+                                 <= max_velocity[self.columns]).all():
+            return [now]
+        return [now, *(point for point in zip(*self._told)
+                       if now_ns + self.lead_ns // 2 < point[0] < start.begin_ns)]
 
 
 def ends_at_rest(end_velocity: str) -> bool:
