@@ -43,6 +43,7 @@ class Followed:
         self._astray_ns: int | None = None
         # Topic -> where (D,) its controller stood at its first trajectory, until it moves.
         self._stood: dict[str, np.ndarray] = {}
+        self._ended_ns: dict[str, int] = {}   # topic -> when its end was seen
         self._known: dict[str, dict[bytes, tuple[str, str]]] = {}   # topic -> its subscribers ever
         self._restarted: set[str] = set()                           # topics
 
@@ -54,6 +55,14 @@ class Followed:
             if stood is not None and (np.abs(felt[output.columns] - stood)
                                       > _STIRS * self._astray[output.columns]).any():
                 del self._stood[output.config.topic]
+
+    def watch(self, now_ns: int) -> None:
+        """Note since when trajectories have ended: after a step of the clock that is not long."""
+        for output in self._outputs:
+            if output.end_ns is None or now_ns <= output.end_ns:
+                self._ended_ns.pop(output.config.topic, None)
+            else:
+                self._ended_ns.setdefault(output.config.topic, now_ns)
 
     def look(self) -> None:
         """Notice controllers that were started again: another subscription of a known node."""
@@ -158,7 +167,8 @@ class Followed:
         if stopping or told is None:
             return np.zeros(len(felt), bool)
         if (self._begins_anew(output, now_ns)
-                or now_ns - output.end_ns > _LAG_S * NANOSECONDS):
+                or now_ns - self._ended_ns.get(output.config.topic, now_ns)
+                > _LAG_S * NANOSECONDS):
             return ~np.isnan(felt)
         return self._stays_astray(now_ns) & (np.abs(felt - told[0]) > self.tolerance(output))
 

@@ -107,6 +107,7 @@ class Motion:
         if self._is_coming_to_rest(now_ns):
             self.timeline.discarded['silenced'] += 1
             return None
+        self._followed.watch(now_ns)
         self._followed.require(now_ns)
         start = self._start_of(chunk)
         safe = self.guard.check(chunk, now_ns=now_ns, state=state,
@@ -128,6 +129,7 @@ class Motion:
     def tick(self, now_ns: int) -> None:
         """Watch the deadline and the subscribers, and send the next command of every stream."""
         due = None
+        self._followed.watch(now_ns)
         if self._accepted_ns is not None:
             late_s = (now_ns - self._accepted_ns) / NANOSECONDS
             if late_s > self.config.deadline_s:
