@@ -21,6 +21,7 @@ import numpy as np
 import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
@@ -129,7 +130,6 @@ class PolicyNode(LifecycleNode):
             self.get_logger().info(f'{what}: {why}')
 
     def _connect(self, settings: parameters.PolicyParameters) -> None:
-        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         if self._policy.robot.state_names:
             self._sensors.append(AdaptiveSubscription(
                 self, JointState, 'joint_states', self._on_joint_state, serialized=True))
@@ -141,8 +141,16 @@ class PolicyNode(LifecycleNode):
             self._sensors.append(AdaptiveSubscription(
                 self, kind, f'camera/{name}/image_raw{suffix}',
                 functools.partial(self._on_picture, name, type_name), serialized=True))
-        self._instruction = self.create_subscription(
-            String, 'instruction', self._on_instruction, latched, raw=True)
+        # The first hears what was published before the node started, the second also publishers
+        # that keep nothing (`ros2 topic pub`, most tools), which the first may not be matched to.
+        self._heard: bytes | None = None
+        self._instructions = [self.create_subscription(
+            String, 'instruction', self._on_instruction, QoSProfile(
+                depth=1, durability=durability), raw=True, event_callbacks=quiet)
+            for durability, quiet in (
+                (DurabilityPolicy.TRANSIENT_LOCAL,
+                 SubscriptionEventCallbacks(use_default_callbacks=False)),
+                (DurabilityPolicy.VOLATILE, None))]
         self._chunks = self.create_lifecycle_publisher(JointTrajectory, 'action_chunk', 10)
         self._reset_service = self.create_service(Trigger, '~/reset', self._on_reset)
 
@@ -192,7 +200,8 @@ class PolicyNode(LifecycleNode):
             self._end_inference(policy)
             self.destroy_lifecycle_publisher(self._chunks)
             self.destroy_service(self._reset_service)
-            self.destroy_subscription(self._instruction)
+            for subscription in self._instructions:
+                self.destroy_subscription(subscription)
         while self._sensors:
             self._sensors.pop().destroy()
         self._status = Status()
@@ -249,6 +258,9 @@ class PolicyNode(LifecycleNode):
 
     def _on_instruction(self, data: bytes) -> None:
         with self._inputs:
+            if data == self._heard:
+                return
+            self._heard = data
             before = self._ingest.instruction
             try:
                 text = self._ingest.set_serialized_instruction(data)
