@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import signal
 import sys
 import threading
 import time
@@ -41,6 +40,7 @@ from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
 from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest, ahead_or_back
 from meanflow_ros.ros.motion_control import MotionControl
+from meanflow_ros.ros.starting import initialize
 from meanflow_ros.ros.status import Status
 from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
 
@@ -77,6 +77,7 @@ class PolicyNode(LifecycleNode):
         self._autostart = None
         if parameters.read(self).autostart:
             self._autostart = self.create_timer(0.0, self._start, clock=wall)
+            return     # configuring names the problems
         for problem in self._problems:
             self.get_logger().error(f'parameter problem: {problem}')
 
@@ -450,13 +451,6 @@ class PolicyNode(LifecycleNode):
             str(policy.device) if policy else '', values)
 
 
-def _stop(*_) -> None:
-    """Interrupt the main thread once: a second Ctrl-C would interrupt the clean-up."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def _spin(node: PolicyNode, executor: SingleThreadedExecutor) -> None:
     """Spin until the executor ends, through what rclpy itself raises for a negative /clock."""
     while True:
@@ -470,27 +464,33 @@ def _spin(node: PolicyNode, executor: SingleThreadedExecutor) -> None:
 
 def main(argv=None) -> int:
     """Run the node until Ctrl-C or SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     sys.setswitchinterval(THREAD_SWITCH_S)
-    rclpy.init(args=argv, signal_handler_options=rclpy.signals.SignalHandlerOptions.NO)
-    node = PolicyNode()
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
+    node = executor = None
     try:
+        node = initialize('meanflow_policy', argv, PolicyNode)
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
         _spin(node, executor)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:
-        node._release()
-        executor.shutdown()
-        node.destroy_node()
-        rclpy.try_shutdown()
-        if node.hangs:
-            sys.stderr.flush()
-            os._exit(1)  # Python's end would wait for the network, or take it apart as it runs
+        _end(node, executor)
         gc.freeze()  # or Python looks for garbage at its end, for seconds; launch kills after 5
     return 0
+
+
+def _end(node: PolicyNode | None, executor: SingleThreadedExecutor | None) -> None:
+    """Free what an interrupt has left."""
+    if node is None:
+        return
+    node._release()
+    if executor is not None:
+        executor.shutdown()
+    node.destroy_node()
+    rclpy.try_shutdown()
+    if node.hangs:
+        sys.stderr.flush()
+        os._exit(1)  # Python's end would wait for the network, or take it apart as it runs
 
 
 if __name__ == '__main__':
