@@ -241,7 +241,8 @@ def read_motion(path: Path | str) -> MotionConfig:
     """Read a motion file strictly; ValueError names the file and the field that is wrong."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f'motion file {path} does not exist')
+        raise ValueError(f'motion file {path} ' + ('is no file' if path.exists() else
+                                                   'does not exist'))
     try:
         document = read_yaml(path, MAX_BYTES) or {}
         check_keys(document, [], list(MotionConfig.__dataclass_fields__), 'motion')

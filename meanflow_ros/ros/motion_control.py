@@ -67,8 +67,13 @@ class MotionControl:
         ValueError names what is wrong in the motion file or in `execution`.
         """
         config = read_motion(settings.motion) if settings.motion else MotionConfig()
-        config.check(policy.robot)
-        mode, guard = self._mode(settings.execution, policy), self._guard(policy, config)
+        mode = self._mode(settings.execution, policy)
+        try:
+            config.check(policy.robot)
+            guard = self._guard(policy, config)
+        except ValueError as error:
+            file = f'motion file {settings.motion}: ' if settings.motion else ''
+            raise ValueError(f'{file}{error}') from None
         for output in config.outputs:
             self._outputs.append(make_output(self._node, output, policy.robot.action_space))
         self.failure = None
