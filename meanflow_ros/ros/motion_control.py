@@ -79,7 +79,7 @@ class MotionControl:
             self.motion.last_command = last     # so far as nobody else has moved it since
         self._execution = settings.execution
         self._timer = self._node.create_timer(
-            config.period_s if self._outputs else HEARTBEAT_S, self._control, clock=self._wall)
+            config.tick_s, self._control, clock=self._wall)
         if measured_names(policy.robot):
             self._description = self._node.create_subscription(
                 String, 'robot_description', lambda data: self._describe(data, policy),
