@@ -67,7 +67,7 @@ def test_what_drives_every_controller_is_replayed_without_ros():
         'from meanflow_ros.core.contract import ActionSpace\n'
         'from meanflow_ros.ros import motion_config as c\n'
         'from meanflow_ros.ros.outputs import make_output\n'
-        "space = ActionSpace(name='s', dimensions=('a',), units=('1',), lower=[0.0], upper=[1.0])\n"
+        "space = ActionSpace(name='s', dimensions=('a',), units=('1',), lower=[0], upper=[1])\n"
         "for each in (c.JointTrajectoryOutput(topic='t', dimensions=('a',)),\n"
         "             c.ForwardCommandOutput(topic='t', dimensions=('a',)),\n"
         "             c.TwistOutput(topic='t', axes={'linear.x': 'a'}, frame_id='f'),\n"
