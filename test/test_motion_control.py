@@ -259,7 +259,8 @@ def test_a_model_that_hangs_stops_the_robot_and_goes_on_by_itself(rig):
           each=rig.feeder.steadily())
 
 
-@pytest.mark.parametrize('where', ['observe', 'ask', 'publish'])
+@pytest.mark.parametrize('where', ['observe', 'ask', 'publish', 'add_serialized',
+                                   'add_serialized_joint_state'])
 def test_an_error_that_nobody_foresaw_stops_the_robot_by_its_name_and_the_node_goes_on(
         rig, monkeypatch, where):
     moving(rig)
@@ -267,10 +268,11 @@ def test_an_error_that_nobody_foresaw_stops_the_robot_by_its_name_and_the_node_g
     def fails(*_, **__):
         raise MemoryError('no room')
 
-    owner = {'observe': rig.node._ingest, 'ask': rig.node._control, 'publish': rig.node._chunks}
-    what = 'inference failed' if where == 'publish' else 'observation failed'
+    owner = {'ask': rig.node._control, 'publish': rig.node._chunks}.get(where, rig.node._ingest)
+    what = {'publish': 'inference failed', 'observe': 'observation failed',
+            'ask': 'observation failed'}.get(where, 'input failed')
     with monkeypatch.context() as patch:
-        patch.setattr(owner[where], where, fails)
+        patch.setattr(owner, where, fails)
         rig.diagnosed(f'no chunk: {what}: MemoryError: no room', each=rig.feeder.steadily())
         assert rig.node._control.motion.stopped == what
         until(lambda: rig.controller.beats[-1] == what, 'a heartbeat',
@@ -289,6 +291,38 @@ def test_where_even_the_stop_fails_nothing_more_is_sent(rig, monkeypatch):
     assert quiet(rig) == [] and rig.node._thread.is_alive()
     assert rig.transition('deactivate') and rig.transition('cleanup')
     assert rig.transition('configure') and rig.transition('activate')
+
+
+@pytest.mark.parametrize('stop', ['instruction', 'reset', 'clock', 'estop'])
+def test_a_message_whose_stop_fails_does_not_end_the_node(rig, monkeypatch, stop):
+    moving(rig)
+    control = rig.node._control
+
+    def fails(*_, **__):
+        raise RuntimeError('no way to stop')
+
+    with monkeypatch.context() as patch:
+        for name in ('halt', 'silence', 'clock_jumped'):
+            patch.setattr(control.motion, name, fails)
+        if stop == 'instruction':
+            rig.say('pull the lever')
+        elif stop == 'reset':
+            rig.reset()
+        elif stop == 'clock':
+            with rig.node._inputs:
+                rig.node._ingest.clock(time.time_ns() + 10**12)
+        else:
+            call(rig, 'estop', True)
+            call(rig, 'estop', False)
+        rig.diagnosed('control loop: RuntimeError: no way to stop', each=rig.feeder.steadily())
+    assert quiet(rig) == [] and rig._node_side.error is None
+    assert rig.transition('deactivate') and rig.transition('cleanup')
+    assert rig.transition('configure') and rig.transition('activate')
+    rig.act(constant(MIDDLE))
+    rig.connected()
+    if stop == 'instruction':
+        rig.say('push the lever')
+    moving(rig)
 
 
 def test_execution_changes_while_the_robot_moves_and_a_bad_one_is_refused(rig):

@@ -58,7 +58,9 @@ class Player:
         self._batch = 1 if self._foresees else batch
         self._instructions, self._wanted, self._prober = instructions, wanted, prober
         self._answers = answers
-        self._ingest = Ingest(self._robot, limits=limits or data.limits())
+        limits = limits or data.limits()
+        self._ingest = Ingest(self._robot, limits=limits)
+        self._fresh_ns = round(limits.least_max_age_s * NANOSECONDS)
         self._cutter = Cutter(data)
         self._running: Gathered | None = None
         self._count = 0
@@ -246,13 +248,13 @@ class Player:
         taken = self._running.taken
         return (common_ns is not None and common_ns == self._seen_common_ns and bool(taken)
                 and not self._fault_heard and self._missing is None
-                and now_ns - taken[-1].stamp_ns <= round(self._data.max_age_s * NANOSECONDS))
+                and now_ns - taken[-1].stamp_ns <= self._fresh_ns)
 
     def _something_new(self, now_ns: int) -> bool:
         """Whether pictures are there that have not been taken, as far as their stamps tell."""
         common_ns, taken = self._ingest.newest_common_ns(), self._running.taken
         return (common_ns is not None and (not taken or common_ns > taken[-1].stamp_ns)
-                and now_ns - common_ns <= round(self._data.max_age_s * NANOSECONDS))
+                and now_ns - common_ns <= self._fresh_ns)
 
     def _take(self, observation: Observation, now_ns: int) -> None:
         running = self._running
