@@ -536,12 +536,26 @@ def test_compressed_pictures_are_decoded_ahead_and_one_that_waits_is_overtaken(m
     assert len(where) == 2 and all(name.startswith('decode') for name in where)
 
 
+def test_what_nobody_foresaw_passes_on_and_is_the_fault_of_its_stream(ingest, monkeypatch):
+    feed(ingest, T0)
+    monkeypatch.setattr(from_messages, 'joint_positions', None)
+    with pytest.raises(TypeError):
+        ingest.add_joint_state(joints(T0 + 1), now_ns=T0)
+    fault = why_not(ingest, T0)
+    assert (fault.stream, fault.kind) == ('joint_states', 'malformed')
+    assert fault.reason.startswith('TypeError: ')
+    monkeypatch.undo()
+    ingest.add_joint_state(joints(T0 + 2), now_ns=T0)
+    assert ingest.observe(now_ns=T0).stamp_ns == T0
+
+
 def test_a_broken_picture_that_was_decoded_ahead_is_named():
     with ThreadPoolExecutor(1) as decoder:
         ingest = Ingest(ROBOT, decoder=decoder)
         feed(ingest, T0, leave_out=('wrist',))
         message = jpeg(T0, 3)
-        message.data[45:] ^= 0xff * (np.arange(45, len(message.data)) < len(message.data) - 16)
+        whole = message.data    # every chunk is, but not what is in one
+        message.data = whole[:45] + b'\xff' * (len(whole) - 61) + whole[-16:]
         ingest.add_compressed_image('wrist', message, now_ns=T0)
         assert why_not(ingest, T0).stream == 'camera/wrist'
 

@@ -15,6 +15,7 @@ from std_msgs.msg import Float64MultiArray, Header, String  # noqa: E402
 from std_srvs.srv import SetBool  # noqa: E402
 
 from meanflow_ros.core.contract import ActionChunk, TimedActions  # noqa: E402
+from meanflow_ros.ros import ingest  # noqa: E402
 from meanflow_ros.ros.motion_control import SETTLE_S  # noqa: E402
 from micro_policy import DIMENSIONS, FIRST_STEP, HORIZON, LOWER, PERIOD_S, UPPER  # noqa: E402
 from node_rig import Rig, until  # noqa: E402
@@ -259,8 +260,7 @@ def test_a_model_that_hangs_stops_the_robot_and_goes_on_by_itself(rig):
           each=rig.feeder.steadily())
 
 
-@pytest.mark.parametrize('where', ['observe', 'ask', 'publish', 'add_serialized',
-                                   'add_serialized_joint_state'])
+@pytest.mark.parametrize('where', ['observe', 'ask', 'publish'])
 def test_an_error_that_nobody_foresaw_stops_the_robot_by_its_name_and_the_node_goes_on(
         rig, monkeypatch, where):
     moving(rig)
@@ -268,11 +268,10 @@ def test_an_error_that_nobody_foresaw_stops_the_robot_by_its_name_and_the_node_g
     def fails(*_, **__):
         raise MemoryError('no room')
 
-    owner = {'ask': rig.node._control, 'publish': rig.node._chunks}.get(where, rig.node._ingest)
-    what = {'publish': 'inference failed', 'observe': 'observation failed',
-            'ask': 'observation failed'}.get(where, 'input failed')
+    owner = {'observe': rig.node._ingest, 'ask': rig.node._control, 'publish': rig.node._chunks}
+    what = 'inference failed' if where == 'publish' else 'observation failed'
     with monkeypatch.context() as patch:
-        patch.setattr(owner, where, fails)
+        patch.setattr(owner[where], where, fails)
         rig.diagnosed(f'no chunk: {what}: MemoryError: no room', each=rig.feeder.steadily())
         assert rig.node._control.motion.stopped == what
         until(lambda: rig.controller.beats[-1] == what, 'a heartbeat',
@@ -280,6 +279,27 @@ def test_an_error_that_nobody_foresaw_stops_the_robot_by_its_name_and_the_node_g
         until(lambda: rig.node._control.motion.rests, 'rest', each=rig.feeder.steadily())
     moving(rig)
     rig.logged(f'producing chunks again (was: {what}: MemoryError')
+
+
+@pytest.mark.parametrize('failing, stream', [
+    ('JointState', 'joint_states'), ('Image', 'camera/')])
+def test_a_message_that_raises_what_nobody_foresaw_stops_the_robot_and_the_node_goes_on(
+        rig, monkeypatch, failing, stream):
+    moving(rig)
+
+    def deserialize(data, type_name):
+        if type_name.endswith(failing):
+            raise MemoryError('no room')
+        return ingest.bag_deserialize(data, type_name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, 'bag_deserialize', ingest.deserialize, raising=False)
+        patch.setattr(ingest, 'deserialize', deserialize)
+        rig.diagnosed(f'no chunk: {stream}', 'MemoryError: no room', each=rig.feeder.steadily())
+        assert rig.node._control.motion.stopped == 'input failed'
+        until(lambda: rig.node._control.motion.rests, 'rest', each=rig.feeder.steadily())
+        assert rig.node._control.motion.stopped == 'input failed'
+    moving(rig)
 
 
 def test_where_even_the_stop_fails_nothing_more_is_sent(rig, monkeypatch):

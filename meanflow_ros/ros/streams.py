@@ -174,7 +174,7 @@ class Stream:
 
 
 class noting_fault:
-    """Record a ValueError as the stream's fault and let it pass on."""
+    """Record what is raised as the stream's fault and let it pass on; a ValueError is foreseen."""
 
     def __init__(self, stream: Stream):
         self._stream = stream
@@ -183,7 +183,9 @@ class noting_fault:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, ValueError):
-            self._stream.fault = error if isinstance(error, BadInput) else BadInput(
-                MALFORMED, str(error))
+        if isinstance(error, BadInput):
+            self._stream.fault = error
+        elif isinstance(error, Exception):
+            unforeseen = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+            self._stream.fault = BadInput(MALFORMED, f'{unforeseen}{error}')
         return False
