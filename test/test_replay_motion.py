@@ -254,6 +254,25 @@ def test_a_description_that_does_not_fit_is_one_clear_reason_that_names_the_opti
         assert counts(replay(path, Fake(), urdf='none')[0]) == {}
 
 
+def test_a_description_is_found_under_another_name_and_one_of_another_type_is_none(tmp_path):
+    scene = Scene()
+    scene.add('status', T0, status('start', 0))
+    scene.add('robot_description', T0, joint_state(T0, base=0.0))
+    scene.add('left/description', T0, text(URDF.format(2, 0.9)))
+    scene.add('instruction', T0, text('go'))
+    scene.robot(T0, 300 * MS, delay_ns=0)
+    scene.write(tmp_path / 'bag')
+    data = {'episodes': 'bag'}
+    assert counts(replay(tmp_path / 'bag', Fake(), data=data)[0]) == {}
+    document, _, _ = replay(tmp_path / 'bag', Fake(), data=data, remaps={
+        '/robot_description': '/left/description'})
+    assert set(counts(document)) == {'velocity'}
+    assert document['recordings'][0]['urdf'] == '/left/description'
+    with pytest.raises(ValueError, match='holds sensor_msgs/msg/JointState, expected std_msgs'):
+        replay(tmp_path / 'bag', Fake(), data=data, remaps={
+            '/robot_description': '/robot_description'})
+
+
 @pytest.mark.parametrize('option, content, message', [
     ('motion', None, 'there is no such file; give the motion file that the node is started with'),
     ('motion', 'limits: {velocity: {bas: 1.0}}', "did you mean 'base'.*the robot 'arm'"),

@@ -126,9 +126,12 @@ class _Search:
         return channel.topic
 
     def latched_if_there(self, name: str, *types: str) -> str:
-        """Return the topic for `name`, '' if the bag has none and no remapping asks for one."""
-        topic = self._resolved(name)
-        asked = topic in self._found or absolute_topic(name) in self._remaps
+        """Return the topic for `name`, '' if the bag has none and no remapping asks for one.
+
+        One of another type is none: a node would not hear it.
+        """
+        channel = self._found.get(self._resolved(name))
+        asked = absolute_topic(name) in self._remaps or (channel and channel.type in types)
         return self.find(name, name, *types) if asked else ''
 
     def _nearest(self, topic: str, types: tuple[str, ...]) -> str:
