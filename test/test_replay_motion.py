@@ -223,6 +223,13 @@ def test_an_open_loop_longer_than_the_deadline_goes_on_while_pictures_come(tmp_p
     assert document['deadline_misses']['count'] == 0 and len(episode.stamp_ns) <= 10
 
 
+def test_recorded_commands_are_chosen_in_an_open_loop_by_their_time_and_not_by_the_guard(tmp_path):
+    drifting(800, tmp_path / 'bag', camera_ms=20)
+    found = [replay(tmp_path / 'bag', execution='open_loop', motion=motion)[1][0].stamp_ns.tolist()
+             for motion in ('', motion_file(tmp_path, first_step={'base': 0.9, 'elbow': 0.9}))]
+    assert found[0] == found[1] and 7 <= len(found[0]) <= 10
+
+
 def test_the_described_limits_of_the_recording_or_of_a_file_tighten_the_checkpoints(tmp_path):
     drifting(400, tmp_path / 'plain')
     drifting(400, tmp_path / 'described', description=URDF.format(2, 0.9))

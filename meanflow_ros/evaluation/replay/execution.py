@@ -17,7 +17,8 @@ import numpy as np
 from meanflow_ros.core.contract import NANOSECONDS, ActionChunk, TimedActions
 from meanflow_ros.core.guard import Rejected
 from meanflow_ros.core.timeline import (
-    Mode, OpenLoop, Prefix, RealTime, RecedingHorizon, TemporalEnsemble, Timeline)
+    Mode, OpenLoop, Prefix, RealTime, RecedingHorizon, TemporalEnsemble, Timeline,
+    steps_still_due)
 from meanflow_ros.evaluation.replay.driving import Drive, Driving
 from meanflow_ros.evaluation.replay.episode import ACCEPTED, DISCARDED
 
@@ -223,6 +224,14 @@ class Foresight:
         """Take a chunk that is ready."""
         with contextlib.suppress(Rejected):
             self._drive.accept(chunk, done_ns, epoch=epoch, state=state, prefix=prefix)
+
+    def assume(self, chunk: ActionChunk, done_ns: int, *, epoch: int,
+               prefix: Prefix | None) -> None:
+        """Take a chunk in place of one that is not known yet, as if the guard let it pass."""
+        self._drive.pass_to(done_ns)
+        timed = steps_still_due(chunk, now_ns=done_ns)
+        if timed is not None:
+            self._drive.motion.timeline.add(timed, now_ns=done_ns, epoch=epoch, prefix=prefix)
 
     def halt(self, now_ns: int, why: str) -> None:
         """Forget everything planned."""

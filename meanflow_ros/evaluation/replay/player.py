@@ -230,12 +230,17 @@ class Player:
     def _finish(self) -> None:
         """End the inference that was under way."""
         taken, self._busy_until_ns = self._running.taken[-1], None
-        if self._foresight:
-            self._foresight.add(taken.chunk or self._any_chunk(taken.stamp_ns), taken.done_ns,
-                                epoch=taken.epoch, state=taken.state, prefix=taken.prefix)
+        if not self._foresight:
+            return
+        if taken.chunk is None:
+            self._foresight.assume(self._any_chunk(taken.stamp_ns), taken.done_ns,
+                                   epoch=taken.epoch, prefix=taken.prefix)
+        else:
+            self._foresight.add(taken.chunk, taken.done_ns, epoch=taken.epoch, state=taken.state,
+                                prefix=taken.prefix)
 
     def _any_chunk(self, stamp_ns: int) -> ActionChunk:
-        """Return a chunk that passes the guard, for a recorded one that is not yet known."""
+        """Return a chunk in place of a recorded one that is not yet known."""
         space = self._robot.action_space
         return ActionChunk(actions=np.tile((space.lower + space.upper) / 2,
                                            (self._robot.horizon, 1)),
