@@ -36,13 +36,15 @@ class Motion:
     stopped: why the robot is stopping or stopped, None while it follows chunks or before the
     first one. stops: how often, by reason. last_command: (A,) of a stream, None before the first;
     where nothing is measured a new stream begins there. unheard: topics that nobody subscribes to.
+    compares: whether joints are looked at that are not where they were sent; not so in a replay,
+    whose recorded robot was sent elsewhere.
     """
 
     def __init__(self, robot: RobotSpec, config: MotionConfig, guard: Guard, mode: Mode,
-                 outputs: Sequence = ()):
+                 outputs: Sequence = (), compares: bool = True):
         config.check(robot)
         self.robot, self.config, self.guard = robot, config, guard
-        self.outputs = list(outputs)
+        self.outputs, self._compares = list(outputs), compares
         self.timeline = Timeline(period_ns=round(robot.period_s * NANOSECONDS), mode=mode)
         self.stopped: str | None = None
         self.stops: Counter[str] = Counter()
@@ -255,7 +257,7 @@ class Motion:
             whole = np.full((2, self.robot.action_space.size), np.nan)
             whole[:, output.columns] = start
             safe = self.guard.check_plan(ahead, start=(now_ns, *whole))
-        if output.set_point(now_ns) is None:
+        if self._compares and output.set_point(now_ns) is None:
             self._stood[output.config.topic] = self._felt[output.columns].copy()
         output.send_chunk(safe, now_ns, self.guard.limits.velocity, start)
 
@@ -301,6 +303,8 @@ class Motion:
     def _tolerance(self, output) -> np.ndarray:
         """Return how far (D,) a joint may be from its set-point: it and its state lag behind."""
         columns = output.columns
+        if not self._compares:
+            return np.full(len(columns), np.inf)
         return self._astray[columns] + _LAG_S * self.guard.limits.velocity[columns]
 
     def _stays_astray(self, now_ns: int) -> bool:

@@ -13,22 +13,30 @@ import importlib
 import os
 
 import numpy as np
-from geometry_msgs.msg import TwistStamped
-from std_msgs.msg import Bool, Float64MultiArray
-from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from meanflow_ros.core.contract import ActionSpace, SafeChunk, SafeCommand, TimedActions
-from meanflow_ros.ros import to_messages
 from meanflow_ros.ros.motion_config import (
     AUTO, ZERO, ForwardCommandOutput, GripperOutput, JointJogOutput, JointTrajectoryOutput,
     TwistOutput)
+
+try:
+    from geometry_msgs.msg import TwistStamped
+    from std_msgs.msg import Bool, Float64MultiArray
+    from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+    from meanflow_ros.ros import to_messages
+except ImportError:     # a replay, which sends nothing, needs no ROS
+    TwistStamped = Bool = Float64MultiArray = JointTrajectory = JointTrajectoryPoint = None
 
 _ROUNDING = 1e-9           # share of a velocity limit
 _LEAST_STRETCH = 1.001     # of a trajectory's times, again and again until it keeps its limits
 
 
 class Output:
-    """A publisher of one controller. streams: it takes commands, otherwise whole chunks."""
+    """A publisher of one controller. streams: it takes commands, otherwise whole chunks.
+
+    node: None in a replay; then the publisher is None too, and nothing is sent.
+    """
 
     message_type: type
 
@@ -36,10 +44,12 @@ class Output:
         self.config = config
         self.streams = config.streams
         self.columns = [space.dimensions.index(name) for name in config.dimensions]
-        self.publisher = node.create_publisher(self.message_type, config.topic, 10)
+        self.publisher = node and node.create_publisher(self.message_type, config.topic, 10)
 
     def send_command(self, command: SafeCommand) -> None:
         """Publish one command of a stream."""
+        if self.publisher is None:
+            return
         message = self.message(command.values[self.columns], command.stamp_ns)
         if message is not None:
             self.publisher.publish(message)
@@ -72,7 +82,7 @@ class _Twist(Output):
 class _JointJog(Output):
     def __init__(self, node, config, space):
         try:
-            self.message_type = importlib.import_module('control_msgs.msg').JointJog
+            self.message_type = node and importlib.import_module('control_msgs.msg').JointJog
         except ImportError:
             raise ValueError(f'output {config.topic!r} needs control_msgs, which is not '
                              f'installed: install ros-$ROS_DISTRO-control-msgs') from None
@@ -156,6 +166,8 @@ class _JointTrajectory(Output):
             to_rest=ends_at_rest(self.config.end_velocity),
             begin=None if start is None else start[1])
         self._told = due_ns, positions, velocities
+        if self.publisher is None:
+            return
         message = JointTrajectory(joint_names=list(self.config.joints or self.config.dimensions))
         message.header.stamp = to_messages.time(now_ns)
         message.points = [

@@ -42,7 +42,7 @@ from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest, ahead_or_ba
 from meanflow_ros.ros.motion_control import MotionControl
 from meanflow_ros.ros.starting import initialize
 from meanflow_ros.ros.status import Status
-from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
+from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation, read_ages
 
 DECODING_THREADS = 2
 POLL_S = 0.1
@@ -111,7 +111,8 @@ class PolicyNode(LifecycleNode):
                       options=RuntimeOptions(compile=settings.compile, threads=settings.threads))
         latencies, robot = warm_up(policy, settings.sampler_steps), policy.robot
         self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
-            max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s,
+            max_age_s=settings.max_age_s, max_ages_s=read_ages(settings.max_ages_s),
+            max_skew_s=settings.max_skew_s,
             min_rate_hz=settings.min_rate_hz, frozen_pictures=settings.frozen_pictures,
             picture_size=settings.picture_size), decoder=self._decoder)
         self._control.configure(policy, settings)
@@ -253,6 +254,9 @@ class PolicyNode(LifecycleNode):
                 add(*arguments, now_ns=self._now_ns())
             except ValueError:
                 return False  # the ingest keeps the reason, the inference thread reports it
+            except Exception as error:  # whatever is raised must not end the node
+                self._fail('input failed', error)
+                return False
             if self._ingest.newest_common_ns() not in (None, self._status.last_stamp_ns):
                 self._inputs.notify()
             return True
@@ -323,7 +327,7 @@ class PolicyNode(LifecycleNode):
 
     def _fail(self, what: str, error: BaseException) -> None:
         """Stop the robot after an error that nobody foresaw, and say so. Call it locked."""
-        self._control.halt_whatever_fails(what)
+        self._control.halt(what)
         self._report(f'{what}: {type(error).__name__}: {error}')
 
     def _next_observation(self) -> Observation | None:
@@ -365,12 +369,13 @@ class PolicyNode(LifecycleNode):
         with self._inputs:
             if self._policy is not policy:
                 return
+            now_ns = self._now_ns()
             if not self._active or self._control.why_not():
                 self._status.discarded += 1
                 return
             try:
                 safe = self._control.motion.accept(
-                    chunk, now_ns=self._now_ns(), epoch=epoch, state=observation.state,
+                    chunk, now_ns=now_ns, epoch=epoch, state=observation.state,
                     prefix=prefix)
                 if safe is None:
                     self._status.discarded += 1
