@@ -71,8 +71,8 @@ setup(
     license='Apache-2.0',
     entry_points={
         'console_scripts': [
-            'policy_node = meanflow_ros.ros.policy_node:main',
-            'sim_node = meanflow_ros.sim.sim_node:main',
+            'policy_node = meanflow_ros.ros.starting:policy_node',
+            'sim_node = meanflow_ros.ros.starting:sim_node',
             'bench = meanflow_ros.evaluation.bench.command:main',
             'benchmark = meanflow_ros.evaluation.benchmark:main',
             'export_lerobot = meanflow_ros.training.export_lerobot:main',

@@ -11,6 +11,8 @@ from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import LifecycleNode
 from launch_ros.substitutions import FindPackageShare
 
+from meanflow_ros import launch_arguments
+
 ARGUMENTS = {
     'checkpoint': ('', 'checkpoint directory; empty for the one in the parameters file, or the '
                        'one that ships'),
@@ -27,34 +29,23 @@ ARGUMENTS = {
 LOG_LEVELS = ['debug', 'info', 'warn', 'error']
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
-    pairs = [tuple(pair.split(':=')) for pair in text.split()]
-    for pair in pairs:
-        if len(pair) != 2 or not all(pair):
-            raise ValueError(f"remappings must be 'from:=to' pairs separated by spaces, "
-                             f'got {text!r}')
-    return pairs
-
-
-def _flag(name: str, text: str) -> bool:
-    if text.lower() not in ('true', 'false', '1', '0'):
-        raise ValueError(f'{name} must be true or false, got {text!r}')
-    return text.lower() in ('true', '1')
-
-
 def _node(context) -> list[LifecycleNode]:
-    value = {name: LaunchConfiguration(name).perform(context)
-             for name in ('parameters', *ARGUMENTS, 'log_level')}
+    names = ('parameters', *ARGUMENTS, 'log_level')
+    launch_arguments.refuse_unknown(__file__, names)
+    value = {name: LaunchConfiguration(name).perform(context) for name in names}
+    for name in ('parameters', 'checkpoint', 'motion'):
+        value[name] = launch_arguments.path(value[name])
     if not Path(value['parameters']).is_file():
         raise ValueError(f"there is no parameters file {value['parameters']}")
     parameters = {name: value[name] for name in ('checkpoint', 'device', 'instruction', 'motion')
                   if value[name]}
-    parameters |= {name: _flag(name, value[name]) for name in ('use_sim_time', 'autostart')}
+    parameters |= {name: launch_arguments.flag(name, value[name])
+                   for name in ('use_sim_time', 'autostart')}
     return [LifecycleNode(
         package='meanflow_ros', executable='policy_node', name='meanflow_policy',
         namespace=value['namespace'], output='screen', emulate_tty=True,
         parameters=[value['parameters'], parameters],
-        remappings=_pairs(value['remappings']),
+        remappings=launch_arguments.remappings(value['remappings']),
         arguments=['--ros-args', '--log-level', value['log_level']])]
 
 

@@ -61,6 +61,24 @@ def test_messages_bags_training_and_replay_import_without_ros(imported):
     assert lines[1:] == ['all imported'], errors
 
 
+def test_what_drives_every_controller_is_replayed_without_ros():
+    done = run_without_ros(
+        'import numpy as np\n'
+        'from meanflow_ros.core.contract import ActionSpace\n'
+        'from meanflow_ros.ros import motion_config as c\n'
+        'from meanflow_ros.ros.outputs import make_output\n'
+        "space = ActionSpace(name='s', dimensions=('a',), units=('1',), lower=[0], upper=[1])\n"
+        "for each in (c.JointTrajectoryOutput(topic='t', dimensions=('a',)),\n"
+        "             c.ForwardCommandOutput(topic='t', dimensions=('a',)),\n"
+        "             c.TwistOutput(topic='t', axes={'linear.x': 'a'}, frame_id='f'),\n"
+        "             c.JointJogOutput(topic='t', dimensions=('a',)),\n"
+        "             c.GripperOutput(topic='t', dimension='a', binary=True)):\n"
+        '    output = make_output(None, each, space)\n'
+        '    if output.streams: output.send_command(None)\n'
+        "    print(each.topic, output.publisher)\n")
+    assert done.stdout.splitlines() == ['t None'] * 5, done.stderr
+
+
 def test_a_live_replay_without_ros_says_what_it_needs():
     done = run_without_ros('import meanflow_ros.evaluation.replay.live')
     assert '--live needs ROS 2: source one' in done.stderr.splitlines()[-1]

@@ -1,6 +1,8 @@
 """ROS messages to arrays, on hand-made messages."""
 
 import struct
+import zlib
+from time import monotonic
 from types import SimpleNamespace
 
 import cv2
@@ -214,3 +216,31 @@ def test_a_trajectory_is_put_in_the_order_of_the_action_space():
 def test_a_bad_trajectory_is_refused(message, error):
     with pytest.raises(ValueError, match=error):
         from_messages.timed_actions(message, ('x', 'y'))
+
+
+def png_with(length: int | None = None, chunks: int = 0, cut: int = 0) -> bytes:
+    """Return a PNG: of an IDAT that says this length, with empty chunks, without its end."""
+    data = cv2.imencode('.png', np.full((16, 20, 3), 90, np.uint8))[1].tobytes()
+    at = data.index(b'IDAT') - 4
+    empty = b'\0\0\0\0tEXt' + zlib.crc32(b'tEXt').to_bytes(4, 'big')
+    told = data[at:at + 4] if length is None else length.to_bytes(4, 'big')
+    return (data[:at] + empty * chunks + told + data[at + 4:])[:len(data) - cut if cut else None]
+
+
+@pytest.mark.parametrize('length', [2**32 - 1, 2**31 - 1, 0xa70000d2, 2**20, 300])
+def test_a_png_whose_chunk_says_that_gigabytes_follow_is_refused_at_once(length):
+    message = SimpleNamespace(format='png', data=png_with(length))
+    began = monotonic()
+    with pytest.raises(ValueError, match='the chunk of the PNG at byte 33 is not whole'):
+        from_messages.compressed_image(message)
+    assert monotonic() - began < 0.1    # OpenCV makes room for it, for up to 17 s
+
+
+def test_a_png_that_is_cut_off_or_has_no_end_of_chunks_is_refused_and_a_whole_one_is_not():
+    for data, reason in ((png_with(cut=5), 'is not whole'), (png_with(cut=12), 'is not whole'),
+                         (png_with(chunks=2**16), 'more than 65536 chunks')):
+        with pytest.raises(ValueError, match=reason):
+            from_messages.check_compressed_image(SimpleNamespace(format='png', data=data))
+    for data in (png_with(), png_with(chunks=100), png_with() + b'trailing'):
+        picture = from_messages.compressed_image(SimpleNamespace(format='png', data=data))
+        assert picture.shape == (16, 20, 3) and (picture == 90).all()

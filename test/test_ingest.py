@@ -1,5 +1,6 @@
 """Streams of messages to one observation, or to the reason why there is none."""
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from meanflow_ros.core.contract import ActionSpace, CameraSpec, RobotSpec
 from meanflow_ros.ros import from_messages
 from meanflow_ros.ros.bag import TYPES
 from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest
-from meanflow_ros.ros.streams import IngestLimits, NoObservation
+from meanflow_ros.ros.streams import IngestLimits, NoObservation, read_ages
 
 MS = 1_000_000
 T0 = 1_700_000_000_123_456_789
@@ -217,6 +218,75 @@ def test_the_limits_are_those_that_were_given():
     ingest.add_image('wrist', picture(T0 + 6 * MS), now_ns=T0 + 6 * MS)
     ingest.add_joint_state(joints(T0 + 3 * MS), now_ns=T0 + 6 * MS)
     assert '0.003 s apart' in why_not(ingest, T0 + 6 * MS).reason
+
+
+AGES = {'camera/wrist': 0.2, 'joint_states': 0.05}
+
+
+@pytest.mark.parametrize('late, stream, words', [
+    (dict(front=500, wrist=200, joints=50), None, ''),        # each at its limit
+    (dict(front=501, wrist=200, joints=50), 'camera/front', '0.501 s old, at most 0.5 s'),
+    (dict(front=500, wrist=201, joints=50), 'camera/wrist', '0.201 s old, at most 0.2 s'),
+    (dict(front=500, wrist=200, joints=51), 'joint_states', '0.051 s old, at most 0.05 s'),
+    (dict(front=530, wrist=210, joints=70), 'camera/front', '0.530 s'),    # 30, 10, 20 beyond
+    (dict(front=530, wrist=210, joints=90), 'joint_states', '0.090 s')])   # 30, 10, 40 beyond
+def test_every_stream_has_its_own_largest_age(late, stream, words):
+    ingest = watchful(max_age_s=0.5, max_ages_s=AGES, max_skew_s=1.0)
+    feed(ingest, T0, leave_out=['front', 'wrist', 'joints'])
+    now_ns = T0 + 1000 * MS
+    for camera in ('front', 'wrist'):
+        ingest.add_image(camera, picture(now_ns - late[camera] * MS), now_ns=now_ns)
+    ingest.add_joint_state(joints(now_ns - late['joints'] * MS), now_ns=now_ns)
+    if stream is None:
+        assert ingest.observe(now_ns=now_ns).stamp_ns == now_ns - 500 * MS
+    else:
+        fault = why_not(ingest, now_ns)
+        assert (fault.stream, fault.kind) == (stream, 'stale') and words in fault.reason
+
+
+@pytest.mark.parametrize('stream, at_ms', [('camera/front', 501), ('camera/wrist', 201),
+                                           ('joint_states', 51)])
+def test_every_stream_may_be_silent_for_its_own_age_though_its_stamps_run_ahead(stream, at_ms):
+    ages = {'camera/front': 0.5, **AGES}
+    ingest = watchful(max_age_s=9.0, max_ages_s={stream: ages[stream]})
+    feed(ingest, T0 + 200 * MS, now_ns=T0)
+    assert ingest.observe(now_ns=T0 + (at_ms - 1) * MS).stamp_ns == T0 + 200 * MS
+    fault = why_not(ingest, T0 + (at_ms if at_ms < 202 else at_ms + 200) * MS)
+    assert (fault.stream, fault.kind) == (stream, 'stale')
+    assert f'at most {ages[stream]:g} s is allowed' in fault.reason
+
+
+def test_a_fresh_joint_state_beside_older_pictures_is_not_stale():
+    ingest = watchful(max_ages_s={'joint_states': 0.02})
+    for late in range(0, 300, 10):
+        ingest.add_joint_state(joints(T0 + late * MS), now_ns=T0 + late * MS)
+    feed(ingest, T0 + 100 * MS, now_ns=T0 + 290 * MS, leave_out=['joints'])
+    observation = ingest.observe(now_ns=T0 + 300 * MS)
+    assert observation.stamp_ns == T0 + 100 * MS
+    assert why_not(ingest, T0 + 311 * MS).stream == 'joint_states'
+
+
+@pytest.mark.parametrize('ages, reason', [
+    ({'camera/wirst': 0.2}, "no stream 'camera/wirst' .did you mean 'camera/wrist'"),
+    ({'wrist': 0.2}, "no stream 'wrist'"), ({'instruction': 1.0}, "no stream 'instruction'"),
+    *(({'joint_states': value}, "max_ages_s of 'joint_states' must be a number above 0 and below")
+      for value in (0.0, -1, 3600.0, float('nan'), 'old', True, None))])
+def test_an_age_of_a_stream_that_is_none_or_out_of_range_is_refused_by_name(ages, reason):
+    with pytest.raises(ValueError, match=reason):
+        watchful(max_ages_s=ages)
+    with pytest.raises(ValueError, match='max_ages_s'):
+        Ingest(dataclasses.replace(ROBOT, state_names=()),
+               limits=IngestLimits(max_ages_s={'joint_states': 0.1}))
+
+
+def test_ages_are_read_from_words_and_what_is_none_is_explained():
+    assert read_ages('') == {} == read_ages('  ')
+    assert read_ages('camera/wrist:=0.2  joint_states:=5e-2') == AGES
+    for text, reason in (('joint_states', 'STREAM:=SECONDS'), (':=3', 'STREAM:=SECONDS'),
+                         ('joint_states:=soon', "got 'joint_states:=soon'"),
+                         ('a:=1 a:=2', "'a' twice")):
+        with pytest.raises(ValueError, match=reason):
+            read_ages(text)
 
 
 @pytest.mark.parametrize('name', ['max_age_s', 'max_skew_s', 'future_s'])
@@ -466,12 +536,26 @@ def test_compressed_pictures_are_decoded_ahead_and_one_that_waits_is_overtaken(m
     assert len(where) == 2 and all(name.startswith('decode') for name in where)
 
 
+def test_what_nobody_foresaw_passes_on_and_is_the_fault_of_its_stream(ingest, monkeypatch):
+    feed(ingest, T0)
+    monkeypatch.setattr(from_messages, 'joint_positions', None)
+    with pytest.raises(TypeError):
+        ingest.add_joint_state(joints(T0 + 1), now_ns=T0)
+    fault = why_not(ingest, T0)
+    assert (fault.stream, fault.kind) == ('joint_states', 'malformed')
+    assert fault.reason.startswith('TypeError: ')
+    monkeypatch.undo()
+    ingest.add_joint_state(joints(T0 + 2), now_ns=T0)
+    assert ingest.observe(now_ns=T0).stamp_ns == T0
+
+
 def test_a_broken_picture_that_was_decoded_ahead_is_named():
     with ThreadPoolExecutor(1) as decoder:
         ingest = Ingest(ROBOT, decoder=decoder)
         feed(ingest, T0, leave_out=('wrist',))
         message = jpeg(T0, 3)
-        message.data = message.data[:45]   # the header is whole
+        whole = message.data    # every chunk is, but not what is in one
+        message.data = whole[:45] + b'\xff' * (len(whole) - 61) + whole[-16:]
         ingest.add_compressed_image('wrist', message, now_ns=T0)
         assert why_not(ingest, T0).stream == 'camera/wrist'
 

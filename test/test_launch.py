@@ -26,7 +26,7 @@ except PackageNotFoundError:
 
 POLICY_ARGUMENTS = {'parameters', 'checkpoint', 'device', 'instruction', 'motion', 'namespace',
                     'use_sim_time', 'autostart', 'remappings', 'log_level'}
-DEMO_ARGUMENTS = {'task', 'seed', 'lockstep', 'checkpoint', 'device', 'namespace'}
+DEMO_ARGUMENTS = {'task', 'seed', 'lockstep', 'checkpoint', 'device', 'namespace', 'parameters'}
 TIMEOUT_S = 90.0
 ACTIVE = 'active: publishing action chunks'
 RUN = """
@@ -65,6 +65,24 @@ def test_a_launch_file_declares_and_describes_its_arguments(name, expected):
 def test_no_argument_is_needed_to_start_the_node():
     node, = visit('policy')
     assert (node.node_package, node.node_executable) == ('meanflow_ros', 'policy_node')
+
+
+@pytest.mark.parametrize(('name', 'given', 'words'), [
+    ('policy', 'checkpont:=x', "unknown argument 'checkpont' .did you mean 'checkpoint'"),
+    ('policy', 'remapping:=a:=b', "did you mean 'remappings'"),
+    ('demo', 'use_sim_time:=false', "unknown argument 'use_sim_time' .known: .*task"),
+    ('demo', 'tsk:=reach', "did you mean 'task'")])
+def test_a_misspelled_argument_is_refused(monkeypatch, name, given, words):
+    monkeypatch.setattr(
+        sys, 'argv', ['ros2', 'launch', 'meanflow_ros', f'{name}.launch.py', given])
+    with pytest.raises(ValueError, match=words):
+        visit(name)
+
+
+@pytest.mark.parametrize(('argument', 'value'), [('seed', 'first'), ('lockstep', 'maybe')])
+def test_a_bad_argument_of_the_demo_is_refused_with_its_name(argument, value):
+    with pytest.raises(ValueError, match=f'{argument} must be .*{value}'):
+        visit('demo', **{argument: value})
 
 
 @pytest.mark.parametrize(('argument', 'value'), [

@@ -15,6 +15,7 @@ from std_msgs.msg import Float64MultiArray, Header, String  # noqa: E402
 from std_srvs.srv import SetBool  # noqa: E402
 
 from meanflow_ros.core.contract import ActionChunk, TimedActions  # noqa: E402
+from meanflow_ros.ros import ingest  # noqa: E402
 from meanflow_ros.ros.motion_control import SETTLE_S  # noqa: E402
 from micro_policy import DIMENSIONS, FIRST_STEP, HORIZON, LOWER, PERIOD_S, UPPER  # noqa: E402
 from node_rig import Rig, until  # noqa: E402
@@ -280,6 +281,27 @@ def test_an_error_that_nobody_foresaw_stops_the_robot_by_its_name_and_the_node_g
     rig.logged(f'producing chunks again (was: {what}: MemoryError')
 
 
+@pytest.mark.parametrize('failing, stream', [
+    ('JointState', 'joint_states'), ('Image', 'camera/')])
+def test_a_message_that_raises_what_nobody_foresaw_stops_the_robot_and_the_node_goes_on(
+        rig, monkeypatch, failing, stream):
+    moving(rig)
+
+    def deserialize(data, type_name):
+        if type_name.endswith(failing):
+            raise MemoryError('no room')
+        return ingest.bag_deserialize(data, type_name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, 'bag_deserialize', ingest.deserialize, raising=False)
+        patch.setattr(ingest, 'deserialize', deserialize)
+        rig.diagnosed(f'no chunk: {stream}', 'MemoryError: no room', each=rig.feeder.steadily())
+        assert rig.node._control.motion.stopped == 'input failed'
+        until(lambda: rig.node._control.motion.rests, 'rest', each=rig.feeder.steadily())
+        assert rig.node._control.motion.stopped == 'input failed'
+    moving(rig)
+
+
 def test_where_even_the_stop_fails_nothing_more_is_sent(rig, monkeypatch):
     moving(rig)
     with monkeypatch.context() as patch:
@@ -289,6 +311,38 @@ def test_where_even_the_stop_fails_nothing_more_is_sent(rig, monkeypatch):
     assert quiet(rig) == [] and rig.node._thread.is_alive()
     assert rig.transition('deactivate') and rig.transition('cleanup')
     assert rig.transition('configure') and rig.transition('activate')
+
+
+@pytest.mark.parametrize('stop', ['instruction', 'reset', 'clock', 'estop'])
+def test_a_message_whose_stop_fails_does_not_end_the_node(rig, monkeypatch, stop):
+    moving(rig)
+    control = rig.node._control
+
+    def fails(*_, **__):
+        raise RuntimeError('no way to stop')
+
+    with monkeypatch.context() as patch:
+        for name in ('halt', 'silence', 'clock_jumped'):
+            patch.setattr(control.motion, name, fails)
+        if stop == 'instruction':
+            rig.say('pull the lever')
+        elif stop == 'reset':
+            rig.reset()
+        elif stop == 'clock':
+            with rig.node._inputs:
+                rig.node._ingest.clock(time.time_ns() + 10**12)
+        else:
+            call(rig, 'estop', True)
+            call(rig, 'estop', False)
+        rig.diagnosed('control loop: RuntimeError: no way to stop', each=rig.feeder.steadily())
+    assert quiet(rig) == [] and rig._node_side.error is None
+    assert rig.transition('deactivate') and rig.transition('cleanup')
+    assert rig.transition('configure') and rig.transition('activate')
+    rig.act(constant(MIDDLE))
+    rig.connected()
+    if stop == 'instruction':
+        rig.say('push the lever')
+    moving(rig)
 
 
 def test_execution_changes_while_the_robot_moves_and_a_bad_one_is_refused(rig):

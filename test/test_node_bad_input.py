@@ -319,6 +319,7 @@ def test_a_bad_instruction_parameter_is_named(unconfigured):
     ('sampler_steps: 65', ['sampler_steps must be 0 to 64, got 65']),
     ('max_skew_s: 0.0', ['max_skew_s must be 0.0001 to 60, got 0.0']),
     ('max_age_s: .nan', ['max_age_s must be 0.001 to 60, got nan']),
+    ('max_ages_s: joint_states', ['max_ages_s is written STREAM:=SECONDS', "'joint_states'"]),
     ('dtype: float16', ["dtype must match 'auto|float32|bfloat16', got 'float16'"]),
     ('qos_overrides./NS/camera/static/image_raw.subscription.reliability: bogus', ['bogus']),
     ('qos_overrides./NS/camera/static/image_raw.subscription.depth: many', ['depth'])])
@@ -333,6 +334,26 @@ def test_a_bad_parameters_file_keeps_the_node_unconfigured(micro_checkpoint, tmp
              before_node=write) as rig:
         assert rig.node.get_parameter('seed').value == 3
         configuring_fails(rig, *words)
+
+
+@pytest.mark.parametrize('ages, words', [
+    ('camera/wirst:=0.2', ["no stream 'camera/wirst'", "did you mean 'camera/wrist'?"]),
+    ('joint_states:=4000', ["max_ages_s of 'joint_states'", 'below 3600'])])
+def test_an_age_of_no_stream_or_out_of_range_keeps_the_node_unconfigured(
+        unconfigured, ages, words):
+    assert unconfigured.set_parameter('max_ages_s', ages).successful
+    configuring_fails(unconfigured, *words)
+    assert not unconfigured.set_parameter('max_ages_s', 'wrist').successful
+    assert unconfigured.set_parameter('max_ages_s', '').successful
+    configuring_works(unconfigured)
+
+
+def test_a_stream_of_the_node_has_an_age_of_its_own(micro_checkpoint):
+    with Rig(micro_checkpoint, parameters={
+            'max_age_s': 5.0, 'max_ages_s': 'camera/wrist:=0.25'}) as rig:
+        rig.activate().recovers()
+        rig.no_chunk('camera/wrist', 'at most 0.25 s is allowed',
+                     each=rig.feeder.steadily(without=('wrist',)))
 
 
 def test_a_good_parameters_file_is_used(micro_checkpoint, tmp_path):

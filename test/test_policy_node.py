@@ -21,6 +21,7 @@ import torch  # noqa: E402, I001
 from builtin_interfaces.msg import Time as TimeMessage  # noqa: E402
 from rclpy.time import Time  # noqa: E402
 from sensor_msgs.msg import CompressedImage  # noqa: E402
+from std_msgs.msg import String  # noqa: E402
 
 from meanflow_ros.core import loading  # noqa: E402
 from meanflow_ros.core.contract import ActionChunk  # noqa: E402
@@ -420,6 +421,27 @@ def test_an_instruction_from_before_the_node_started_is_received(micro_checkpoin
     with Rig(micro_checkpoint, instruction='turn it', parameters={'autostart': True}) as rig:
         chunk = rig.recovers()
         assert_answers(chunk, reference, sent(rig, chunk, 'turn it'))
+
+
+def test_an_instruction_of_a_publisher_that_keeps_nothing_is_heard(micro_checkpoint):
+    with Rig(micro_checkpoint, instruction=None, parameters={'autostart': True}) as rig:
+        publisher = rig.feeder.node.create_publisher(String, 'instruction', 10)
+        until(lambda: publisher.get_subscription_count(), 'a subscription')
+        publisher.publish(String(data='lift it'))
+        rig.logged("instruction: 'lift it'")
+
+
+def test_a_bad_instruction_is_reported_once_though_two_subscriptions_hear_it(micro_checkpoint):
+    with Rig(micro_checkpoint, instruction='lift it', parameters={'autostart': True}) as rig:
+        rig.recovers()
+        rig.feeder.instruction.publish(String(data=''))
+        rig.logged('no chunk until a good instruction')
+        rig.feeder.instruction.publish(String(data='turn it'))
+        rig.logged("instruction: 'turn it'")
+        rig.recovers()
+        said = [text for text in rig.feeder.logs if 'good instruction arrives' in text
+                or text.startswith("instruction: '")]
+        assert len(said) in (2, 3), said   # the first was perhaps said before anyone listened
 
 
 def test_without_any_instruction_there_is_no_chunk(micro_checkpoint):

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import made_bags as made
 import numpy as np
 import pytest
 
 pytest.importorskip('rclpy', reason='rclpy is missing: source a ROS 2, or install its wheels')
 
-from meanflow_ros.core.contract import TimedActions  # noqa: E402, I001
+import yaml  # noqa: E402, I001
+from made_bags import MS, T0, Scene, status, text  # noqa: E402
+from rclpy.qos import DurabilityPolicy, QoSProfile  # noqa: E402
+from std_msgs.msg import Float64MultiArray, String  # noqa: E402
+from trajectory_msgs.msg import JointTrajectory  # noqa: E402
+
+from meanflow_ros.core.contract import ActionChunk, TimedActions  # noqa: E402
+from meanflow_ros.core.policy import Policy  # noqa: E402
 from meanflow_ros.evaluation.evaluate import main as evaluate  # noqa: E402
 from meanflow_ros.evaluation.replay import live  # noqa: E402
 from meanflow_ros.evaluation.replay.settings import ReplaySettings  # noqa: E402
 from meanflow_ros.ros.parameters import DECLARATIONS  # noqa: E402
-from micro_policy import LOWER, UPPER, make_policy  # noqa: E402
+from micro_policy import HEIGHT, LOWER, UPPER, WIDTH, make_policy  # noqa: E402
 from node_rig import Rig, until  # noqa: E402
+from replay_rig import replay  # noqa: E402
 from test_replay_command import micro_bag  # noqa: E402
 
 
@@ -96,3 +106,110 @@ def test_steps_that_a_node_has_not_published_are_not_taken_for_its_words():
     assert known.tolist() == [False] * 3 + [True] * (robot.horizon - 3)
     np.testing.assert_array_equal(chunk.actions[3:], actions[3:])
     np.testing.assert_array_equal(chunk.actions[:3], [actions[3]] * 3)
+
+
+MEASURED = ('a', 'b', 'pinch')      # the first two are states too
+DESCRIPTION = ('<robot name="r">'
+               '<joint name="a" type="prismatic"><limit lower="-9" upper="9" velocity="0.7"/>'
+               '</joint><joint name="b" type="continuous"/></robot>')
+DRIVEN = {
+    'control_rate_hz': 50.0, 'deadline_s': 2.0, 'first_step': {'a': 0.1},
+    'limits': {'velocity': {'a': 0.8, 'b': 20.0}},
+    'remedies': {'first_step': 'clamp', 'velocity': 'slow'},
+    'outputs': [{'type': 'joint_trajectory', 'topic': 'arm', 'dimensions': ['a', 'b']},
+                {'type': 'forward_command', 'topic': 'grip', 'dimensions': ['pinch']}]}
+
+
+def answer(stamp_ns: int, robot) -> ActionChunk:
+    """Return a chunk that goes away slowly, and breaks a rule at some pictures."""
+    number = (stamp_ns - T0) // (50 * MS)
+    actions = np.tile([0.5, 0.5, 0.007], (robot.horizon, 1))
+    actions[:, 0] += 0.12 * (robot.due_ns(stamp_ns) - T0) / 1e9
+    if number % 8 == 1:
+        actions[5, 1] = np.nan
+    elif number % 8 == 3:
+        actions[2, 0] = 9.0
+    elif number % 8 == 5:
+        actions[1::2, 0] += 0.1
+    return ActionChunk(actions=actions, stamp_ns=stamp_ns, period_s=robot.period_s,
+                       first_step=robot.first_step)
+
+
+class Answered:
+    """The chunks that a node has had, at the times at which it had them."""
+
+    flow, seconds, chunks = False, 0.0, 0
+
+    def __init__(self, robot, had):
+        self.robot, self.had = robot, had
+
+    def play(self, *_):
+        return self.had, {}
+
+    def infer(self, queue):
+        for taken in queue:
+            taken.chunk = answer(taken.stamp_ns, self.robot)
+
+    def settle(self):
+        pass
+
+
+def test_the_running_node_and_the_replay_count_the_same_interventions_by_kind(tmp_path):
+    policy = make_policy()
+    robot = dataclasses.replace(policy.robot, action_space=dataclasses.replace(
+        policy.robot.action_space, dimensions=MEASURED))
+    Policy(dataclasses.replace(policy.config, robot=robot), policy.network).save(
+        tmp_path / 'policy')
+    motion = tmp_path / 'motion.yaml'
+    motion.write_text(yaml.safe_dump(DRIVEN))
+    scene = Scene()
+    scene.add('robot_description', T0, text(DESCRIPTION))
+    scene.add('episode', T0, status('start', 0))
+    scene.add('instruction', T0, text('push the lever'))
+    for late in range(0, 3200, 10):
+        scene.add('joint_states', T0 + late * MS, made.joint_state(
+            T0 + late * MS, a=0.5 if late < 300 else 0.53, b=0.5, c=0.5))
+    for late in range(0, 3000, 50):
+        for camera in ('static', 'wrist'):
+            scene.add(f'camera/{camera}/image_raw', T0 + late * MS, made.image(
+                T0 + late * MS, np.full((HEIGHT, WIDTH, 3), late // 50, np.uint8)))
+    for late in range(0, 3500, 100):
+        scene.add('action', T0 + late * MS, made.trajectory(
+            T0 + late * MS, MEASURED, [[0.5 + late / 1e4, 0.5, 0.007]]))
+    scene.add('episode', T0 + 3500 * MS, status('success', 0))
+    scene.write(tmp_path / 'bag')
+    had, kept = {}, []
+
+    def before(feeder):
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        kept.append(feeder.node.create_publisher(String, 'robot_description', latched))
+        kept[0].publish(String(data=DESCRIPTION))
+        feeder.node.create_subscription(JointTrajectory, 'arm', kept.append, 100)
+        feeder.node.create_subscription(Float64MultiArray, 'grip', kept.append, 100)
+
+    with Rig(tmp_path / 'policy', instruction=None, before_node=before, parameters={
+            'use_sim_time': True, 'motion': str(motion)}) as rig:
+        rig.activate()
+        driven = rig.node._control.motion
+        until(lambda: driven.guard.limits.velocity[0] == 0.7, 'the described limit')
+        rig.act(lambda real, observation, **options: answer(observation.stamp_ns, robot))
+        accept = driven.accept
+
+        def noting(chunk, *, now_ns, **given):
+            had[chunk.stamp_ns] = now_ns
+            return accept(chunk, now_ns=now_ns, **given)
+        driven.accept = noting
+        assert evaluate(['replay', str(tmp_path / 'bag'), '--checkpoint',
+                         str(tmp_path / 'policy'), '--live', '--namespace', rig.namespace,
+                         '--out', str(tmp_path / 'live')]) in (0, 1)
+        node = dict(driven.guard.interventions)
+    (recording,) = json.loads((tmp_path / 'live' / 'metrics.json').read_text())['recordings']
+    assert {kind: int(recording['node'][f'guard {kind}']) for kind in node} == node
+    document, (episode,), _ = replay(
+        tmp_path / 'bag', Answered(robot, had), policy='live', motion=str(motion), as_driven=True,
+        checkpoint=str(tmp_path / 'policy'))
+    assert len(episode.stamp_ns) == len(had) > 30 and len(kept) > 30
+    assert document['guard']['interventions'] == node
+    assert {'not_finite', 'position', 'velocity slowed', 'first_step clamped', 'seam clamped',
+            'astray'} <= set(node)
+    assert document['recordings'][0]['urdf'] == '/robot_description'

@@ -299,7 +299,9 @@ class Policy:
         """Read a checkpoint; CheckpointError names the file and the key that is wrong."""
         directory = Path(directory)
         if not directory.is_dir():
-            raise CheckpointError(f'checkpoint directory {directory} does not exist')
+            wrong = 'is no directory' if directory.exists() else 'does not exist'
+            raise CheckpointError(f'checkpoint directory {directory} {wrong}; a checkpoint is the '
+                                  f'directory that holds policy.yaml')
         for name in FILES[:3]:
             if not (directory / name).is_file():
                 raise CheckpointError(f'checkpoint {directory} has no {name}')

@@ -34,11 +34,12 @@ class Followed:
     """What is known of the controllers of trajectories; see the module's first lines.
 
     felt: (A,) measured positions, NaN where nothing is. astray: (A,) by which a joint may lag.
+    compares: whether a joint may be elsewhere than where it was sent; if not, it is there.
     """
 
-    def __init__(self, outputs: Sequence, guard: Guard, astray: np.ndarray):
+    def __init__(self, outputs: Sequence, guard: Guard, astray: np.ndarray, compares: bool = True):
         self._outputs = [output for output in outputs if not output.streams]
-        self._guard, self._astray = guard, astray
+        self._guard, self._astray, self._compares = guard, astray, compares
         self.felt = np.full(len(astray), np.nan)
         self._astray_ns: int | None = None
         # Topic -> where (D,) its controller stood at its first trajectory, until it moves.
@@ -90,6 +91,8 @@ class Followed:
     def tolerance(self, output) -> np.ndarray:
         """Return how far (D,) a joint may be from its set-point: it and its state lag behind."""
         columns = output.columns
+        if not self._compares:
+            return np.full(len(columns), np.inf)
         return self._astray[columns] + _LAG_S * self._guard.limits.velocity[columns]
 
     def require(self, now_ns: int) -> None:
@@ -146,7 +149,7 @@ class Followed:
 
     def note_start(self, output, now_ns: int) -> None:
         """Note where a controller stands that is sent its first trajectory."""
-        if output.set_point(now_ns) is None:
+        if self._compares and output.set_point(now_ns) is None:
             self._stood[output.config.topic] = self.felt[output.columns].copy()
 
     def _at(self, output, at_ns: int, measured: np.ndarray) -> np.ndarray | None:
@@ -164,7 +167,7 @@ class Followed:
     def _measured(self, output, now_ns: int, stopping: bool) -> np.ndarray:
         """Return (D,) bool: the joints that count as standing where they are measured."""
         felt, told = self.felt[output.columns], output.set_point(now_ns)
-        if stopping or told is None:
+        if stopping or told is None or not self._compares:
             return np.zeros(len(felt), bool)
         if (self._begins_anew(output, now_ns)
                 or now_ns - self._ended_ns.get(output.config.topic, now_ns)

@@ -19,6 +19,7 @@ CHANNELS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1}
 MAX_PIXELS = 4096 * 4096
 MAX_RAW_BYTES = MAX_PIXELS * max(CHANNELS.values())
 MAX_COMPRESSED_BYTES = 64 * 1024 * 1024
+MAX_PNG_CHUNKS = 2**16       # 8 KiB of data each is usual, so that 64 MiB are an eighth of it
 MAX_HEADER_BYTES = 2**20     # before a JPEG's size: a few sections of 64 KiB (EXIF, thumbnails)
 _JPEG_FRAMES = {*range(0xc0, 0xd0)} - {0xc4, 0xc8, 0xcc}
 TWIST_FIELDS = ('linear.x', 'linear.y', 'linear.z', 'angular.x', 'angular.y', 'angular.z')
@@ -68,7 +69,8 @@ def image(message) -> np.ndarray:
 def check_compressed_image(message) -> None:
     """ValueError unless a sensor_msgs/CompressedImage is JPEG or PNG and small when decoded.
 
-    Only the header is read: a few bytes can stand for gigabytes of pixels.
+    Only headers are read: a few bytes can stand for gigabytes of pixels, or say that gigabytes
+    follow, for which a decoder would make room.
     """
     if not 0 < len(message.data) <= MAX_COMPRESSED_BYTES:
         raise ValueError(f'compressed picture must have 1 to {MAX_COMPRESSED_BYTES} bytes, '
@@ -80,6 +82,24 @@ def check_compressed_image(message) -> None:
     if width * height > MAX_PIXELS:
         raise ValueError(f'compressed picture of {width}x{height} is over the cap of '
                          f'{MAX_PIXELS} pixels')
+    if bytes(message.data[:1]) == b'\x89':
+        _require_whole_chunks(message.data)
+
+
+def _require_whole_chunks(data) -> None:
+    """ValueError unless every chunk of a PNG up to IEND lies within the data."""
+    at = 8
+    for _ in range(MAX_PNG_CHUNKS):
+        head = bytes(data[at:at + 8])
+        length = int.from_bytes(head[:4], 'big')
+        if len(head) < 8 or at + 12 + length > len(data):
+            raise ValueError(f'compressed picture ({len(data)} bytes) cannot be decoded: the '
+                             f'chunk of the PNG at byte {at} is not whole')
+        if head[4:] == b'IEND':
+            return
+        at += 12 + length
+    raise ValueError(f'compressed picture ({len(data)} bytes) has more than {MAX_PNG_CHUNKS} '
+                     f'chunks')
 
 
 def _declared_size(data: bytes) -> tuple[int, int]:

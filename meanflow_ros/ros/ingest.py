@@ -20,8 +20,8 @@ from meanflow_ros.core.contract import (
 from meanflow_ros.ros import from_messages
 from meanflow_ros.ros.bag import deserialize, deserialize_text
 from meanflow_ros.ros.streams import (
-    ABSENT, CLOCK, FROZEN, MALFORMED, SIZE, SKEW, SLOW, STALE, BadInput, IngestLimits,
-    NoObservation, Stream, noting_fault)
+    ABSENT, CLOCK, FROZEN, JOINT_STATES, MALFORMED, SIZE, SKEW, SLOW, STALE, BadInput,
+    IngestLimits, NoObservation, Stream, noting_fault)
 
 IMAGE, COMPRESSED_IMAGE = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
 CAMERA_BUFFER = 8
@@ -50,6 +50,7 @@ class Ingest:
         self._decoder = decoder
         self._decoding: dict[str, Future] = {}
         self._limits = limits or IngestLimits()
+        self._limits.require_streams(robot.camera_names, bool(robot.state_names))
         self._default_instruction = (clean_instruction(default_instruction)
                                      if default_instruction else '')
         self._cameras = {name: Stream(CAMERA_BUFFER) for name in robot.camera_names}
@@ -218,8 +219,8 @@ class Ingest:
         stamps = {f'camera/{name}': stamp for name, (stamp, _) in chosen.items()}
         state = None
         if self._state is not None:
-            stamps['joint_states'], state = self._state.nearest(stamp_ns)
-        self._require_fresh(stamps, now_ns)
+            stamps[JOINT_STATES], state = self._state.nearest(stamp_ns)
+        self._require_fresh(now_ns)
         self._require_arriving(now_ns)
         self._require_together(stamps, stamp_ns)
         return Observation(stamp_ns=stamp_ns, images=self._decode(chosen),
@@ -227,7 +228,7 @@ class Ingest:
 
     def _streams(self) -> dict[str, Stream]:
         cameras = {f'camera/{name}': stream for name, stream in self._cameras.items()}
-        return cameras if self._state is None else {**cameras, 'joint_states': self._state}
+        return cameras if self._state is None else {**cameras, JOINT_STATES: self._state}
 
     def _future_ns(self) -> int:
         return round(self._limits.future_s * NANOSECONDS)
@@ -241,20 +242,24 @@ class Ingest:
                                                        'default', waiting=True)
         return instruction
 
-    def _require_fresh(self, stamps: dict[str, int], now_ns: int) -> None:
-        name = min(stamps, key=stamps.get)
-        age_s = (now_ns - stamps[name]) / NANOSECONDS
-        if age_s > self._limits.max_age_s:
-            raise NoObservation(name, STALE, f'newest usable message is {age_s:.3f} s old, at '
-                                             f'most {self._limits.max_age_s:g} s is allowed')
+    def _require_fresh(self, now_ns: int) -> None:
+        """Refuse a stream whose newest message is too old; that beyond its limit most is named."""
+        ages_s = {name: (now_ns - stream.items[-1][0]) / NANOSECONDS
+                  for name, stream in self._streams().items()}
+        name = max(ages_s, key=lambda each: ages_s[each] - self._limits.max_age_of(each))
+        limit_s = self._limits.max_age_of(name)
+        if ages_s[name] > limit_s:
+            raise NoObservation(name, STALE, f'newest usable message is {ages_s[name]:.3f} s '
+                                             f'old, at most {limit_s:g} s is allowed')
 
     def _require_arriving(self, now_ns: int) -> None:
         """Refuse streams that have ended, though stamps that run ahead look fresh, or are slow."""
         for name, stream in self._streams().items():
             silent_s = (now_ns - stream.arrived_ns) / NANOSECONDS
-            if silent_s > self._limits.max_age_s:
+            limit_s = self._limits.max_age_of(name)
+            if silent_s > limit_s:
                 raise NoObservation(name, STALE, f'nothing has come for {silent_s:.3f} s, at most '
-                                                 f'{self._limits.max_age_s:g} s is allowed')
+                                                 f'{limit_s:g} s is allowed')
         for name, stream in self._cameras.items():
             if stream.rate_hz() < self._limits.min_rate_hz:
                 raise NoObservation(f'camera/{name}', SLOW, f'{stream.rate_hz():.1f} pictures per '

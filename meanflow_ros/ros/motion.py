@@ -32,10 +32,12 @@ class Motion:
     stopped: why the robot is stopping or stopped, None while it follows chunks or before the
     first one. stops: how often, by reason. last_command: (A,) of a stream, None before the first;
     where nothing is measured a new stream begins there. unheard: topics that nobody subscribes to.
+    compares: whether joints are looked at that are not where they were sent; not so in a replay,
+    whose recorded robot was sent elsewhere.
     """
 
     def __init__(self, robot: RobotSpec, config: MotionConfig, guard: Guard, mode: Mode,
-                 outputs: Sequence = ()):
+                 outputs: Sequence = (), compares: bool = True):
         config.check(robot)
         self.robot, self.config, self.guard = robot, config, guard
         self.outputs = list(outputs)
@@ -49,7 +51,7 @@ class Motion:
         space = robot.action_space
         self._followed = Followed(self.outputs, guard, np.array([
             config.first_step.get(name, span) for name, span in zip(
-                space.dimensions, _ASTRAY * (space.upper - space.lower))]))
+                space.dimensions, _ASTRAY * (space.upper - space.lower))]), compares)
         # Of the newest chunk, or one that an open loop did not need; None: nothing to follow.
         self._accepted_ns: int | None = None
         self._target: np.ndarray | None = None    # last action that was due

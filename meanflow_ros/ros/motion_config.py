@@ -27,6 +27,7 @@ EXECUTION = ('open_loop | receding_horizon[:STEPS] | ensemble[:DECAY[:newest_fir
              'real_time:STEPS')
 TWIST_AXES = ('linear.x', 'linear.y', 'linear.z', 'angular.x', 'angular.y', 'angular.z')
 MAX_BYTES = 2**20
+IDLE_PERIOD_S = 0.1
 
 
 def read_mode(text: str) -> Mode:
@@ -172,6 +173,11 @@ class MotionConfig:
         """Return the time between two commands of a stream."""
         return 1 / self.control_rate_hz
 
+    @property
+    def tick_s(self) -> float:
+        """Return the time between two calls of `Motion.tick`; without outputs nothing is due."""
+        return self.period_s if self.outputs else IDLE_PERIOD_S
+
     def check(self, robot: RobotSpec) -> None:
         """ValueError unless every name in it is one of the robot's."""
         space = robot.action_space
@@ -241,7 +247,8 @@ def read_motion(path: Path | str) -> MotionConfig:
     """Read a motion file strictly; ValueError names the file and the field that is wrong."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f'motion file {path} does not exist')
+        raise ValueError(f'motion file {path} ' + ('is no file' if path.exists() else
+                                                   'does not exist'))
     try:
         document = read_yaml(path, MAX_BYTES) or {}
         check_keys(document, [], list(MotionConfig.__dataclass_fields__), 'motion')

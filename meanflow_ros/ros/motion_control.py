@@ -67,8 +67,13 @@ class MotionControl:
         ValueError names what is wrong in the motion file or in `execution`.
         """
         config = read_motion(settings.motion) if settings.motion else MotionConfig()
-        config.check(policy.robot)
-        mode, guard = self._mode(settings.execution, policy), self._guard(policy, config)
+        mode = self._mode(settings.execution, policy)
+        try:
+            config.check(policy.robot)
+            guard = self._guard(policy, config)
+        except ValueError as error:
+            file = f'motion file {settings.motion}: ' if settings.motion else ''
+            raise ValueError(f'{file}{error}') from None
         for output in config.outputs:
             self._outputs.append(make_output(self._node, output, policy.robot.action_space))
         self.failure = None
@@ -79,7 +84,7 @@ class MotionControl:
             self.motion.last_command = last     # so far as nobody else has moved it since
         self._execution = settings.execution
         self._timer = self._node.create_timer(
-            config.period_s if self._outputs else HEARTBEAT_S, self._control, clock=self._wall)
+            config.tick_s, self._control, clock=self._wall)
         if measured_names(policy.robot):
             self._description = self._node.create_subscription(
                 String, 'robot_description', lambda data: self._describe(data, policy),
@@ -129,20 +134,23 @@ class MotionControl:
 
     def halt(self, reason: str) -> None:
         """Do the safe action and forget all chunks; call it with the lock held, as all here."""
-        if self.motion is not None:
-            self.motion.halt(reason, self._node.get_clock().now().nanoseconds)
-
-    def halt_whatever_fails(self, reason: str) -> None:
-        """Halt after an error that nobody foresaw; where even that fails, send nothing more."""
-        try:
-            self.halt(reason)
-        except Exception as error:
-            self._give_up(error)
+        self._stop(lambda now_ns: self.motion.halt(reason, now_ns))
 
     def silence(self, reason: str) -> None:
         """Halt, and send no command any more."""
-        if self.motion is not None:
-            self.motion.silence(reason, self._node.get_clock().now().nanoseconds)
+        self._stop(lambda now_ns: self.motion.silence(reason, now_ns))
+
+    def _stop(self, stop: Callable[[int], None]) -> None:
+        """Stop at this ROS time; where even that fails, nothing more is sent, and the node lives.
+
+        It is a message, often, that asks for it.
+        """
+        if self.motion is None:
+            return
+        try:
+            stop(self._node.get_clock().now().nanoseconds)
+        except Exception as error:
+            self._give_up(error)
 
     def leave(self, reason: str) -> None:
         """Do the safe action, return when the streams rest, and send no command any more.
@@ -154,11 +162,11 @@ class MotionControl:
         with self._lock:
             if self.motion is None:
                 return
-            self.halt(reason)
             stop_s = self.motion.config.stop_s
+            self.halt(reason)
         if not self._rests_within(stop_s + SETTLE_S):
             with self._lock:
-                self.motion.hold()
+                self._stop(lambda now_ns: self.motion.hold())
             self._rests_within(SETTLE_S)
         with self._lock:
             self.silence(reason)
@@ -186,8 +194,7 @@ class MotionControl:
 
     def clock_jumped(self, now_ns: int) -> None:
         """Rest where the robot is: no time of the old clock means anything now."""
-        if self.motion is not None:
-            self.motion.clock_jumped(now_ns)
+        self._stop(lambda _: self.motion.clock_jumped(now_ns))
 
     def values(self) -> dict[str, object]:
         """Return what diagnostics show."""
@@ -251,6 +258,8 @@ class MotionControl:
                 return
             self.failure = None
             self.silence('robot_description')
+            if self.motion is None:
+                return
             guard.interventions = self.motion.guard.interventions
             self.motion.guard = guard
         self._node.get_logger().info('limits of the robot description are kept')
@@ -262,7 +271,10 @@ class MotionControl:
                 return
             try:
                 now_ns = self._now_ns()
-                self._watch_clock(now_ns)
+                if self.motion is not None:
+                    self._watch_clock(now_ns)
+                if self.motion is None:
+                    return
                 self._read_execution()
                 self.motion.tick(now_ns)
                 self._tell()

@@ -13,16 +13,21 @@ import importlib
 import os
 
 import numpy as np
-from geometry_msgs.msg import TwistStamped
-from std_msgs.msg import Bool, Float64MultiArray
-from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from meanflow_ros.core.contract import ActionSpace, SafeChunk, SafeCommand
-from meanflow_ros.ros import to_messages
 from meanflow_ros.ros.followed import Start
 from meanflow_ros.ros.motion_config import (
     AUTO, ZERO, ForwardCommandOutput, GripperOutput, JointJogOutput, JointTrajectoryOutput,
     TwistOutput)
+
+try:
+    from geometry_msgs.msg import TwistStamped
+    from std_msgs.msg import Bool, Float64MultiArray
+    from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+    from meanflow_ros.ros import to_messages
+except ImportError:     # a replay, which sends nothing, needs no ROS
+    TwistStamped = Bool = Float64MultiArray = JointTrajectory = JointTrajectoryPoint = None
 
 _UNKNOWN = '_NODE_NAME_UNKNOWN_'
 _ROUNDING = 1e-9           # share of a velocity limit
@@ -30,7 +35,10 @@ _LEAST_STRETCH = 1.001     # of a trajectory's times, again and again until it k
 
 
 class Output:
-    """A publisher of one controller. streams: it takes commands, otherwise whole chunks."""
+    """A publisher of one controller. streams: it takes commands, otherwise whole chunks.
+
+    node: None in a replay; then the publisher is None too, and nothing is sent.
+    """
 
     message_type: type
 
@@ -38,10 +46,12 @@ class Output:
         self.config = config
         self.streams = config.streams
         self.columns = [space.dimensions.index(name) for name in config.dimensions]
-        self.publisher = node.create_publisher(self.message_type, config.topic, 10)
+        self.publisher = node and node.create_publisher(self.message_type, config.topic, 10)
 
     def send_command(self, command: SafeCommand) -> None:
         """Publish one command of a stream."""
+        if self.publisher is None:
+            return
         message = self.message(command.values[self.columns], command.stamp_ns)
         if message is not None:
             self.publisher.publish(message)
@@ -74,7 +84,7 @@ class _Twist(Output):
 class _JointJog(Output):
     def __init__(self, node, config, space):
         try:
-            self.message_type = importlib.import_module('control_msgs.msg').JointJog
+            self.message_type = node and importlib.import_module('control_msgs.msg').JointJog
         except ImportError:
             raise ValueError(f'output {config.topic!r} needs control_msgs, which is not '
                              f'installed: install ros-$ROS_DISTRO-control-msgs') from None
@@ -142,6 +152,8 @@ class _JointTrajectory(Output):
 
         Those are left out whose names are not known yet.
         """
+        if self.publisher is None:
+            return {}
         return {bytes(each.endpoint_gid): (each.node_namespace, each.node_name) for each in
                 self._node.get_subscriptions_info_by_topic(self.publisher.topic_name)
                 if each.node_name != _UNKNOWN}
@@ -169,13 +181,15 @@ class _JointTrajectory(Output):
             due_ns = np.append(before_ns, due_ns)
             positions = np.vstack([*before, positions])
             velocities = np.vstack([*speeds, velocities])
+        self._told = due_ns, positions, velocities
+        if self.publisher is None:
+            return
         message = JointTrajectory(joint_names=list(self.config.joints or self.config.dimensions))
         message.header.stamp = to_messages.time(now_ns)
         message.points = [
             JointTrajectoryPoint(positions=position.tolist(), velocities=velocity.tolist(),
                                  time_from_start=to_messages.duration(int(due) - now_ns))
             for due, position, velocity in zip(due_ns, positions, velocities) if due > now_ns]
-        self._told = due_ns, positions, velocities
         self.publisher.publish(message)
 
     def _until_begin(self, start: Start, now_ns: int, max_velocity: np.ndarray) -> list[tuple]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rcl_interfaces.msg import (
@@ -12,6 +13,7 @@ from rclpy.exceptions import (
 
 from meanflow_ros.core.policy import MAX_STEPS
 from meanflow_ros.core.schema import known_or_hint
+from meanflow_ros.ros.streams import read_ages
 
 LIVE, AT_CONFIGURE, AT_START = 'live', 'configure', 'start'
 DEVICE_PATTERN = r'auto|cpu|cuda(:\d+)?'
@@ -29,6 +31,7 @@ class Declaration:
     minimum: float | None = None
     maximum: float | None = None
     pattern: str | None = None
+    check: Callable[[str], object] | None = None    # raises ValueError
 
     def problem(self, value) -> str | None:
         """Return what is wrong with a value of the right type, or None."""
@@ -36,6 +39,11 @@ class Declaration:
             return f'{self.name} must match {self.pattern!r}, got {value!r}'
         if self.minimum is not None and not self.minimum <= value <= self.maximum:
             return f'{self.name} must be {self.minimum:g} to {self.maximum:g}, got {value!r}'
+        try:
+            if self.check is not None:
+                self.check(value)
+        except ValueError as error:
+            return str(error)
         return None
 
     def descriptor(self) -> ParameterDescriptor:
@@ -69,6 +77,8 @@ DECLARATIONS = (
                 pattern='raw|compressed'),
     Declaration('max_age_s', 0.5, 'Oldest picture or joint state that is used, seconds.',
                 minimum=0.001, maximum=60.0),
+    Declaration('max_ages_s', '', 'Streams with a max_age_s of their own: '
+                'camera/wrist:=0.2 joint_states:=0.05 for example.', check=read_ages),
     Declaration('max_skew_s', 0.06, 'Largest difference of the stamps in one observation, '
                 'seconds.', minimum=0.0001, maximum=60.0),
     Declaration('min_rate_hz', 0.0, 'Fewest pictures per second of each camera; 0 for none.',
@@ -105,6 +115,7 @@ class PolicyParameters:
     instruction: str
     image_transport: str
     max_age_s: float
+    max_ages_s: str
     max_skew_s: float
     min_rate_hz: float
     frozen_pictures: int

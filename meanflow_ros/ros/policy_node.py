@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import signal
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
@@ -40,8 +40,9 @@ from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
 from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest, ahead_or_back
 from meanflow_ros.ros.motion_control import MotionControl
+from meanflow_ros.ros.starting import initialize
 from meanflow_ros.ros.status import Status
-from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation
+from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation, read_ages
 
 DECODING_THREADS = 2
 POLL_S = 0.1
@@ -76,6 +77,7 @@ class PolicyNode(LifecycleNode):
         self._autostart = None
         if parameters.read(self).autostart:
             self._autostart = self.create_timer(0.0, self._start, clock=wall)
+            return     # configuring names the problems
         for problem in self._problems:
             self.get_logger().error(f'parameter problem: {problem}')
 
@@ -109,7 +111,8 @@ class PolicyNode(LifecycleNode):
                       options=RuntimeOptions(compile=settings.compile, threads=settings.threads))
         latencies, robot = warm_up(policy, settings.sampler_steps), policy.robot
         self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
-            max_age_s=settings.max_age_s, max_skew_s=settings.max_skew_s,
+            max_age_s=settings.max_age_s, max_ages_s=read_ages(settings.max_ages_s),
+            max_skew_s=settings.max_skew_s,
             min_rate_hz=settings.min_rate_hz, frozen_pictures=settings.frozen_pictures,
             picture_size=settings.picture_size), decoder=self._decoder)
         self._control.configure(policy, settings)
@@ -129,7 +132,6 @@ class PolicyNode(LifecycleNode):
             self.get_logger().info(f'{what}: {why}')
 
     def _connect(self, settings: parameters.PolicyParameters) -> None:
-        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         if self._policy.robot.state_names:
             self._sensors.append(AdaptiveSubscription(
                 self, JointState, 'joint_states', self._on_joint_state, serialized=True))
@@ -141,8 +143,16 @@ class PolicyNode(LifecycleNode):
             self._sensors.append(AdaptiveSubscription(
                 self, kind, f'camera/{name}/image_raw{suffix}',
                 functools.partial(self._on_picture, name, type_name), serialized=True))
-        self._instruction = self.create_subscription(
-            String, 'instruction', self._on_instruction, latched, raw=True)
+        # The first hears what was published before the node started, the second also publishers
+        # that keep nothing (`ros2 topic pub`, most tools), which the first may not be matched to.
+        self._heard: bytes | None = None
+        self._instructions = [self.create_subscription(
+            String, 'instruction', self._on_instruction, QoSProfile(
+                depth=1, durability=durability), raw=True, event_callbacks=quiet)
+            for durability, quiet in (
+                (DurabilityPolicy.TRANSIENT_LOCAL,
+                 SubscriptionEventCallbacks(use_default_callbacks=False)),
+                (DurabilityPolicy.VOLATILE, None))]
         self._chunks = self.create_lifecycle_publisher(JointTrajectory, 'action_chunk', 10)
         self._reset_service = self.create_service(Trigger, '~/reset', self._on_reset)
 
@@ -192,7 +202,8 @@ class PolicyNode(LifecycleNode):
             self._end_inference(policy)
             self.destroy_lifecycle_publisher(self._chunks)
             self.destroy_service(self._reset_service)
-            self.destroy_subscription(self._instruction)
+            for subscription in self._instructions:
+                self.destroy_subscription(subscription)
         while self._sensors:
             self._sensors.pop().destroy()
         self._status = Status()
@@ -243,12 +254,18 @@ class PolicyNode(LifecycleNode):
                 add(*arguments, now_ns=self._now_ns())
             except ValueError:
                 return False  # the ingest keeps the reason, the inference thread reports it
+            except Exception as error:  # whatever is raised must not end the node
+                self._fail('input failed', error)
+                return False
             if self._ingest.newest_common_ns() not in (None, self._status.last_stamp_ns):
                 self._inputs.notify()
             return True
 
     def _on_instruction(self, data: bytes) -> None:
         with self._inputs:
+            if data == self._heard:
+                return
+            self._heard = data
             before = self._ingest.instruction
             try:
                 text = self._ingest.set_serialized_instruction(data)
@@ -310,7 +327,7 @@ class PolicyNode(LifecycleNode):
 
     def _fail(self, what: str, error: BaseException) -> None:
         """Stop the robot after an error that nobody foresaw, and say so. Call it locked."""
-        self._control.halt_whatever_fails(what)
+        self._control.halt(what)
         self._report(f'{what}: {type(error).__name__}: {error}')
 
     def _next_observation(self) -> Observation | None:
@@ -352,12 +369,13 @@ class PolicyNode(LifecycleNode):
         with self._inputs:
             if self._policy is not policy:
                 return
+            now_ns = self._now_ns()
             if not self._active or self._control.why_not():
                 self._status.discarded += 1
                 return
             try:
                 safe = self._control.motion.accept(
-                    chunk, now_ns=self._now_ns(), epoch=epoch, state=observation.state,
+                    chunk, now_ns=now_ns, epoch=epoch, state=observation.state,
                     prefix=prefix)
                 if safe is None:
                     self._status.discarded += 1
@@ -438,13 +456,6 @@ class PolicyNode(LifecycleNode):
             str(policy.device) if policy else '', values)
 
 
-def _stop(*_) -> None:
-    """Interrupt the main thread once: a second Ctrl-C would interrupt the clean-up."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def _spin(node: PolicyNode, executor: SingleThreadedExecutor) -> None:
     """Spin until the executor ends, through what rclpy itself raises for a negative /clock."""
     while True:
@@ -458,27 +469,33 @@ def _spin(node: PolicyNode, executor: SingleThreadedExecutor) -> None:
 
 def main(argv=None) -> int:
     """Run the node until Ctrl-C or SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     sys.setswitchinterval(THREAD_SWITCH_S)
-    rclpy.init(args=argv, signal_handler_options=rclpy.signals.SignalHandlerOptions.NO)
-    node = PolicyNode()
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
+    node = executor = None
     try:
+        node = initialize('meanflow_policy', argv, PolicyNode)
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
         _spin(node, executor)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:
-        node._release()
-        executor.shutdown()
-        node.destroy_node()
-        rclpy.try_shutdown()
-        if node.hangs:
-            sys.stderr.flush()
-            os._exit(1)  # Python's end would wait for the network, or take it apart as it runs
+        _end(node, executor)
         gc.freeze()  # or Python looks for garbage at its end, for seconds; launch kills after 5
     return 0
+
+
+def _end(node: PolicyNode | None, executor: SingleThreadedExecutor | None) -> None:
+    """Free what an interrupt has left."""
+    if node is None:
+        return
+    node._release()
+    if executor is not None:
+        executor.shutdown()
+    node.destroy_node()
+    rclpy.try_shutdown()
+    if node.hangs:
+        sys.stderr.flush()
+        os._exit(1)  # Python's end would wait for the network, or take it apart as it runs
 
 
 if __name__ == '__main__':

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from meanflow_ros.core.contract import NANOSECONDS
+from meanflow_ros.core.schema import known_or_hint
 
 PICTURE_SIZES = ('exact', 'aspect', 'any')
+JOINT_STATES = 'joint_states'
 _FIRST_BYTES = 4096       # live pictures differ in them, so that the rest is rarely compared
 
 KINDS = (ABSENT, STALE, SLOW, FROZEN, SKEW, MALFORMED, SIZE, ORDER, FUTURE, CLOCK) = (
@@ -47,6 +50,7 @@ class IngestLimits:
     """When an input counts as missing.
 
     max_age_s: every stream by itself: the oldest newest message, by its stamp and by its arrival.
+    max_ages_s: stream (`camera/<name>`, `joint_states`) -> its own, in place of max_age_s.
     max_skew_s: largest difference of the stamps within one observation. future_s: how far ahead
     of the clock a stamp may be. min_rate_hz: fewest pictures per second of a camera, over the
     pictures kept, 0 for none. frozen_pictures: so many identical pictures one after the other are
@@ -55,6 +59,7 @@ class IngestLimits:
     """
 
     max_age_s: float = 0.5
+    max_ages_s: Mapping[str, float] = field(default_factory=dict)
     max_skew_s: float = 0.06
     future_s: float = 0.25
     min_rate_hz: float = 0.0
@@ -66,6 +71,11 @@ class IngestLimits:
             value = getattr(self, name)
             if not 0 < value < 3600:
                 raise ValueError(f'{name} must be above 0 and below 3600, got {value}')
+        for stream, value in self.max_ages_s.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) \
+                    or not 0 < value < 3600:
+                raise ValueError(f'max_ages_s of {stream!r} must be a number above 0 and below '
+                                 f'3600, got {value!r}')
         if not 0 <= self.min_rate_hz <= 1000:
             raise ValueError(f'min_rate_hz must be 0 to 1000, got {self.min_rate_hz}')
         if self.frozen_pictures < 0 or self.frozen_pictures == 1:
@@ -74,6 +84,41 @@ class IngestLimits:
         if self.picture_size not in PICTURE_SIZES:
             raise ValueError(f'picture_size must be one of {PICTURE_SIZES}, '
                              f'got {self.picture_size!r}')
+
+    def max_age_of(self, stream: str) -> float:
+        """Return how old, in seconds, a message of this stream may be."""
+        return self.max_ages_s.get(stream, self.max_age_s)
+
+    @property
+    def least_max_age_s(self) -> float:
+        """Return the strictest of all."""
+        return min([self.max_age_s, *self.max_ages_s.values()])
+
+    def require_streams(self, cameras: Sequence[str], has_state: bool) -> None:
+        """ValueError if an age is given for a stream that the policy does not have."""
+        known = [*(f'camera/{name}' for name in cameras), *([JOINT_STATES] if has_state else [])]
+        for stream in self.max_ages_s:
+            if stream not in known:
+                raise ValueError(f'max_ages_s: the policy has no stream {stream!r} '
+                                 f'({known_or_hint(stream, known)})')
+
+
+def read_ages(text: str) -> dict[str, float]:
+    """Read 'camera/wrist:=0.2 joint_states:=0.05', seconds by stream; ValueError otherwise."""
+    ages: dict[str, float] = {}
+    for part in text.split():
+        stream, arrow, value = part.partition(':=')
+        try:
+            seconds = float(value)
+        except ValueError:
+            arrow = ''
+        if not (stream and arrow):
+            raise ValueError(f'max_ages_s is written STREAM:=SECONDS, joint_states:=0.05 for '
+                             f'example, got {part!r}')
+        if stream in ages:
+            raise ValueError(f'max_ages_s gives {stream!r} twice')
+        ages[stream] = seconds
+    return ages
 
 
 class Stream:
@@ -129,7 +174,7 @@ class Stream:
 
 
 class noting_fault:
-    """Record a ValueError as the stream's fault and let it pass on."""
+    """Record what is raised as the stream's fault and let it pass on; a ValueError is foreseen."""
 
     def __init__(self, stream: Stream):
         self._stream = stream
@@ -138,7 +183,9 @@ class noting_fault:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, ValueError):
-            self._stream.fault = error if isinstance(error, BadInput) else BadInput(
-                MALFORMED, str(error))
+        if isinstance(error, BadInput):
+            self._stream.fault = error
+        elif isinstance(error, Exception):
+            unforeseen = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+            self._stream.fault = BadInput(MALFORMED, f'{unforeseen}{error}')
         return False

@@ -26,15 +26,9 @@ from rcl_interfaces.msg import (
     ParameterDescriptor,
     SetParametersResult,
 )
-from rclpy.exceptions import (
-    InvalidParameterTypeException,
-    InvalidParameterValueException,
-    ParameterException,
-)
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
-from rclpy.signals import SignalHandlerOptions
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
@@ -44,6 +38,7 @@ from trajectory_msgs.msg import JointTrajectory
 from meanflow_ros.core.contract import NANOSECONDS, TimedActions
 from meanflow_ros.core.timeline import Timeline
 from meanflow_ros.ros import from_messages, to_messages
+from meanflow_ros.ros.starting import INTERRUPTS, initialize
 from meanflow_ros.sim import messages
 from meanflow_ros.sim.metaworld_robot import (
     ACTION_SPACE, MAX_STEPS, PERIOD_S, MetaWorldRobot, RobotObservation)
@@ -347,14 +342,11 @@ class SimNode(Node):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the simulated robot until Ctrl-C or SIGTERM."""
-    rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
     try:
-        node = SimNode()
-    except (ValueError, RuntimeError, InvalidParameterTypeException,
-            InvalidParameterValueException, ParameterException) as error:
-        rclpy.shutdown()
-        sys.exit(f'sim_robot: {error}')
-    for number in (signal.SIGINT, signal.SIGTERM):
+        node = initialize('sim_robot', arguments, SimNode)
+    except KeyboardInterrupt:
+        return
+    for number in INTERRUPTS:
         signal.signal(number, lambda *_: node.stop())
     executor = SingleThreadedExecutor()
     executor.add_node(node)

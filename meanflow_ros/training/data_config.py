@@ -40,7 +40,7 @@ class DataConfig:
     failure, or an Int32 that changes, negative between episodes), 'gaps' where pictures or
     actions pause for more than gap_s, 'bag' makes each bag one episode.
     use_sim_time: the recording's time is that of its /clock. max_age_s, max_skew_s: as the
-    parameters of the node.
+    parameters of the node. max_ages_s: stream (camera/<name>, joint_states) -> its own max_age_s.
 
     lerobot_images: camera name -> feature, where it is not observation.images.<name>.
     lerobot_by_position: match states and actions by position though their names differ.
@@ -61,6 +61,7 @@ class DataConfig:
     gap_s: float = 1.0
     use_sim_time: bool = False
     max_age_s: float = IngestLimits.max_age_s
+    max_ages_s: Mapping[str, float] = field(default_factory=dict)
     max_skew_s: float = IngestLimits.max_skew_s
     lerobot_images: Mapping[str, str] = field(default_factory=dict)
     lerobot_state: str = 'observation.state'
@@ -87,7 +88,8 @@ class DataConfig:
 
     def limits(self) -> IngestLimits:
         """Return the limits of the ingest; ValueError if they are out of range."""
-        return IngestLimits(max_age_s=self.max_age_s, max_skew_s=self.max_skew_s)
+        return IngestLimits(max_age_s=self.max_age_s, max_ages_s=self.max_ages_s,
+                            max_skew_s=self.max_skew_s)
 
     def relative_to(self, robot: RobotSpec) -> tuple[str, ...]:
         """Return, per action dimension, the state from which its value is counted, or ''.

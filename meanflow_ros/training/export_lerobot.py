@@ -121,11 +121,12 @@ def frames_of(recorded: RecordedEpisode, robot: RobotSpec, data: DataConfig) -> 
     count = int((end_ns - start_ns) // period_ns) + 1
     times_ns = start_ns + np.rint(np.arange(count) * period_ns).astype(np.int64)
     shown = held_at(stamps_ns, times_ns, round(period_ns / 2))
-    fresh = times_ns - stamps_ns[shown] <= data.max_age_s * NANOSECONDS
+    max_age_s = min(data.limits().max_age_of(f'camera/{name}') for name in robot.camera_names)
+    fresh = times_ns - stamps_ns[shown] <= max_age_s * NANOSECONDS
     if not fresh.all():
         last = int(np.argmin(fresh))
         if fresh[last:].any():
-            raise ValueError(f'pictures pause for more than {data.max_age_s:g} s (max_age_s)')
+            raise ValueError(f'pictures pause for more than {max_age_s:g} s (max_age_s)')
         times_ns, shown = times_ns[:last], shown[:last]
     actions, known, _ = sample_actions(recorded.actions, times_ns, robot)
     if not known.all():

@@ -129,7 +129,8 @@ def per_episode(episode: EpisodeReplay, scale: np.ndarray) -> dict:
             'steps': len(episode.tick_ns), 'first_step_mae': mae,
             'executed_mae': errors(names, difference)['mae'],
             'relative_error': relative(values, scale),
-            'deadline_misses': int(episode.missed.sum())}
+            'deadline_misses': int(episode.missed.sum()),
+            'interventions': dict(sorted(episode.interventions.items()))}
 
 
 def gripper(episodes: Sequence[EpisodeReplay], robot: RobotSpec,

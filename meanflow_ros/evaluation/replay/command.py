@@ -14,6 +14,7 @@ from pathlib import Path
 
 from meanflow_ros.core.policy import DTYPES
 from meanflow_ros.evaluation.replay.comparison import FIELDS, compare
+from meanflow_ros.evaluation.replay.driving import NO_URDF
 from meanflow_ros.evaluation.replay.gate import Condition
 from meanflow_ros.evaluation.replay.latency import MEASURED
 from meanflow_ros.evaluation.replay.running import find_bags, replay
@@ -72,7 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     robot.add_argument('--execution', default=RECEDING, metavar='MODE',
                        help=f"as the node's parameter (default {RECEDING})")
     robot.add_argument('--motion', type=Path, metavar='YAML',
-                       help='motion file whose limits the guard applies')
+                       help='the motion file that the node is started with: limits, remedies '
+                       'and outputs of the robot')
+    robot.add_argument('--urdf', default='', metavar='FILE',
+                       help='robot description whose limits are kept (default: that of the '
+                       f"recording's topic robot_description); {NO_URDF} for none")
+    robot.add_argument('--as-driven', action='store_true',
+                       help='this policy drove the recorded robot, by this motion file: look for '
+                       'joints that are not where they were sent (astray)')
     robot.add_argument('--min-rate-hz', type=float, default=ReplaySettings.min_rate_hz)
     robot.add_argument('--frozen-pictures', type=int, default=ReplaySettings.frozen_pictures)
     robot.add_argument('--picture-size', choices=PICTURE_SIZES,

@@ -23,7 +23,7 @@ from meanflow_ros.evaluation.report import write_page
 
 SCHEMA, VERSION = 'meanflow_ros/replay_comparison', 1
 FIELDS = {'checkpoint': Path, 'sampler_steps': int, 'seed': int, 'execution': str, 'latency': str,
-          'dtype': str, 'device': str}
+          'dtype': str, 'device': str, 'motion': Path, 'urdf': str}
 OVERALL = 'relative_error'
 
 

@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 
 from meanflow_ros.core.contract import NANOSECONDS, ActionChunk, Observation, RobotSpec
-from meanflow_ros.core.guard import GuardSettings
-from meanflow_ros.core.timeline import Mode, Prefix
+from meanflow_ros.core.timeline import Prefix
+from meanflow_ros.evaluation.replay.driving import Driving
 from meanflow_ros.evaluation.replay.episode import (
-    DISCARDED, UNFINISHED, EpisodeReplay, Pictures)
-from meanflow_ros.evaluation.replay.execution import Ready, control_ticks, execute
+    UNFINISHED, EpisodeReplay, Pictures)
+from meanflow_ros.evaluation.replay.execution import Heard, Ready, control_ticks, execute
 from meanflow_ros.training.episode import ActionStream, sample_actions
 
 PICTURE_WIDTH, PICTURE_QUALITY = 160, 70
@@ -23,14 +23,17 @@ MOST_PICTURES = 150          # kept of one episode and camera
 
 @dataclass
 class Taken:
-    """An observation that the policy has taken; `observation` is let go when it was inferred."""
+    """An observation that the policy has taken; `observation` is let go when it was inferred.
+
+    epoch: see Ready.
+    """
 
     observation: Observation | None
     stamp_ns: int
     taken_ns: int
     done_ns: int
     state: np.ndarray
-    outcome: str = ''
+    epoch: int | None = None
     chunk: ActionChunk | None = None
     prefix: Prefix | None = None
     known: np.ndarray | None = None      # (T,) which steps of the chunk were heard, all if None
@@ -38,7 +41,7 @@ class Taken:
 
 @dataclass
 class Gathered:
-    """An episode so far. missing: (what, from, to), halts: (when, why) in ns.
+    """An episode so far. missing: (what, from, to); halts, felt, unneeded: see Heard; in ns.
 
     actions: the action topic, then the gripper's. unusable: why action messages were not used.
     fault: why the episode cannot be used.
@@ -54,6 +57,8 @@ class Gathered:
     instructions: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     halts: list[tuple[int, str]] = field(default_factory=list)
+    felt: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    unneeded: list[int] = field(default_factory=list)
     unusable: Counter[str] = field(default_factory=Counter)
     missing: list[tuple[str, int, int]] = field(default_factory=list)
     pictures: Pictures = field(default_factory=Pictures)
@@ -91,9 +96,10 @@ class Gathered:
             self.notes.append(f'{sum(self.unusable.values())} action messages could not be used: '
                               f'{bad[0][0]}')
 
-    def replayed(self, robot: RobotSpec, mode: Mode, guard: GuardSettings | None,
-                 probed: np.ndarray, probes: dict[str, np.ndarray]) -> EpisodeReplay:
+    def replayed(self, driving: Driving, probed: np.ndarray,
+                 probes: dict[str, np.ndarray]) -> EpisodeReplay:
         """Execute the chunks and compare; ValueError if nothing can be compared."""
+        robot = driving.robot
         stamps_ns = np.array([taken.stamp_ns for taken in self.taken], np.int64)
         reference, recorded = self._reference(stamps_ns, robot)
         for taken, own, sure in zip(self.taken, reference, recorded):
@@ -103,17 +109,11 @@ class Gathered:
             if taken.known is not None:
                 sure &= taken.known
         ticks_ns = control_ticks(self.first_due_ns, self.actions[0].end_ns(), robot.period_s)
-        live = [row for row, taken in enumerate(self.taken) if taken.outcome != DISCARDED]
         result = execute(
-            [Ready(chunk=taken.chunk, done_ns=taken.done_ns, state=taken.state,
-                   prefix=taken.prefix, reference=reference[row], recorded=recorded[row])
-             for row in live for taken in [self.taken[row]]],
-            self.halts, ticks_ns, robot=robot, mode=mode, guard=guard)
-        outcome = np.full(len(stamps_ns), DISCARDED, 'U32')
-        outcome[live] = [text or UNFINISHED for text in result.outcome]
-        expired = np.zeros(len(stamps_ns), np.int64)
-        expired[live] = result.expired
-        source = np.where(result.source >= 0, np.array([*live, -1])[result.source], -1)
+            [Ready(chunk=taken.chunk, done_ns=taken.done_ns, state=taken.state, epoch=taken.epoch,
+                   prefix=taken.prefix, reference=own, recorded=sure)
+             for taken, own, sure in zip(self.taken, reference, recorded)],
+            Heard(halts=self.halts, felt=self.felt, unneeded=self.unneeded), ticks_ns, driving)
         taken_ns = np.array([taken.taken_ns for taken in self.taken], np.int64)
         newest = np.searchsorted(taken_ns, ticks_ns, side='right') - 1
         return EpisodeReplay(
@@ -125,11 +125,12 @@ class Gathered:
             done_ns=np.array([taken.done_ns for taken in self.taken], np.int64),
             actions=np.stack([taken.chunk.actions for taken in self.taken]),
             reference=reference, recorded=recorded, last_action=self._last_actions(stamps_ns),
-            states=np.stack([taken.state for taken in self.taken]), outcome=outcome,
-            expired=expired, tick_ns=ticks_ns, executed=result.executed,
-            expected=result.expected, tick_recorded=result.tick_recorded, source=source,
+            states=np.stack([taken.state for taken in self.taken]),
+            outcome=np.array([text or UNFINISHED for text in result.outcome], 'U32'),
+            expired=result.expired, tick_ns=ticks_ns, executed=result.executed,
+            expected=result.expected, tick_recorded=result.tick_recorded, source=result.source,
             step=result.step, age_s=result.age_s, missed=result.missed,
-            stale=(source >= 0) & (source < newest),
+            stale=(result.source >= 0) & (result.source < newest),
             missing=within(self.missing, int(ticks_ns[0]), int(ticks_ns[-1])),
             interventions=dict(result.interventions), probed=probed, probes=probes,
             pictures=self.pictures)

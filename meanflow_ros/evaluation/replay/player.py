@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from meanflow_ros.core.contract import NANOSECONDS, ActionChunk, Observation, RobotSpec
-from meanflow_ros.core.guard import GuardSettings
-from meanflow_ros.core.timeline import Mode, RecedingHorizon
+from meanflow_ros.core.contract import NANOSECONDS, ActionChunk, Observation
 from meanflow_ros.evaluation.replay.cutting import Cutter, Start, Stop
-from meanflow_ros.evaluation.replay.episode import DISCARDED, EpisodeReplay
+from meanflow_ros.evaluation.replay.driving import Driving
+from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.evaluation.replay.execution import Foresight, decides_what_is_inferred
 from meanflow_ros.evaluation.replay.gathered import Gathered, Taken
 from meanflow_ros.evaluation.replay.latency import Latency
@@ -43,23 +42,25 @@ class Player:
     came; then these observations are taken, and no latency is drawn.
     """
 
-    def __init__(self, bag: str, robot: RobotSpec, data: DataConfig, topics: Topics, *,
+    def __init__(self, bag: str, driving: Driving, data: DataConfig, topics: Topics, *,
                  infer: Callable[[Sequence[Taken]], None], latency: Latency, seed: int = 0,
                  settle: Callable[[], None] = lambda: None,
-                 batch: int = 16, mode: Mode | None = None, guard: GuardSettings | None = None,
+                 batch: int = 16,
                  instructions: Instructions | str | None = None,
                  wanted: Callable[[int], bool] = lambda number: True,
                  prober: Prober | None = None, answers: Mapping[int, int] | None = None,
                  limits: IngestLimits | None = None):
-        self._bag, self._robot, self._data, self._topics = bag, robot, data, topics
+        self._bag, self._driving, self._data, self._topics = bag, driving, data, topics
+        self._robot = driving.robot
         self._infer, self._settle = infer, settle
         self._latency, self._seed = latency, seed
-        self._mode, self._guard = mode or RecedingHorizon(), guard
-        self._foresees = decides_what_is_inferred(self._mode)
+        self._foresees = decides_what_is_inferred(driving.mode)
         self._batch = 1 if self._foresees else batch
         self._instructions, self._wanted, self._prober = instructions, wanted, prober
         self._answers = answers
-        self._ingest = Ingest(robot, limits=limits or data.limits())
+        limits = limits or data.limits()
+        self._ingest = Ingest(self._robot, limits=limits)
+        self._fresh_ns = round(limits.least_max_age_s * NANOSECONDS)
         self._cutter = Cutter(data)
         self._running: Gathered | None = None
         self._count = 0
@@ -123,14 +124,16 @@ class Player:
             pass   # the ingest keeps the reason and gives no observation until a good one comes
         if self._running and self._ingest.instruction != before:
             self._running.halts.append((now_ns, 'instruction'))
-            if self._running.taken and self._busy_until_ns is not None:
-                self._running.taken[-1].outcome = DISCARDED
             if self._foresight:
-                self._foresight.halt('instruction')
+                self._foresight.halt(now_ns, 'instruction')
 
     def _on_state(self, raw: RawMessage, now_ns: int) -> None:
         if self._running:
-            self._store(self._add_state, raw, now_ns=now_ns)
+            if self._store(self._add_state, raw, now_ns=now_ns):
+                state = self._ingest.newest_state()
+                self._running.felt.append((now_ns, state))
+                if self._foresight:
+                    self._foresight.feel(now_ns, state)
 
     def _add_state(self, raw: RawMessage, *, now_ns: int) -> None:
         self._ingest.add_joint_state(deserialize(raw.data, raw.type), now_ns=now_ns)
@@ -165,11 +168,13 @@ class Player:
         if index == 0 and self._running.first_due_ns is None:
             self._running.first_due_ns = int(timed.due_ns[0])
 
-    def _store(self, add: Callable, *arguments, now_ns: int) -> None:
+    def _store(self, add: Callable, *arguments, now_ns: int) -> bool:
         try:
             add(*arguments, now_ns=now_ns)
         except ValueError:
             self._fault_heard = True   # the ingest keeps the reason
+            return False
+        return True
 
     # The inference thread
 
@@ -198,8 +203,12 @@ class Player:
                 return
             self._finish()
         self._looked_ns = now_ns
-        if self._nothing_new(now_ns) or (self._foresight and not self._foresight.wants(
-                now_ns, self._latency.typical_ns())):
+        if self._nothing_new(now_ns):
+            return
+        if self._foresight and not self._foresight.wants(now_ns, self._latency.typical_ns()):
+            if self._something_new(now_ns):
+                self._running.unneeded.append(now_ns)
+                self._foresight.pass_over(now_ns)
             return
         observation = self._observe(now_ns)
         if observation is not None and not self._cutter.paused(now_ns):
@@ -221,12 +230,17 @@ class Player:
     def _finish(self) -> None:
         """End the inference that was under way."""
         taken, self._busy_until_ns = self._running.taken[-1], None
-        if self._foresight and taken.outcome != DISCARDED:
-            self._foresight.add(taken.chunk or self._any_chunk(taken.stamp_ns), taken.done_ns,
-                                taken.state, taken.prefix)
+        if not self._foresight:
+            return
+        if taken.chunk is None:
+            self._foresight.assume(self._any_chunk(taken.stamp_ns), taken.done_ns,
+                                   epoch=taken.epoch, prefix=taken.prefix)
+        else:
+            self._foresight.add(taken.chunk, taken.done_ns, epoch=taken.epoch, state=taken.state,
+                                prefix=taken.prefix)
 
     def _any_chunk(self, stamp_ns: int) -> ActionChunk:
-        """Return a chunk that passes the guard, for a recorded one that is not yet known."""
+        """Return a chunk in place of a recorded one that is not yet known."""
         space = self._robot.action_space
         return ActionChunk(actions=np.tile((space.lower + space.upper) / 2,
                                            (self._robot.horizon, 1)),
@@ -239,7 +253,13 @@ class Player:
         taken = self._running.taken
         return (common_ns is not None and common_ns == self._seen_common_ns and bool(taken)
                 and not self._fault_heard and self._missing is None
-                and now_ns - taken[-1].stamp_ns <= round(self._data.max_age_s * NANOSECONDS))
+                and now_ns - taken[-1].stamp_ns <= self._fresh_ns)
+
+    def _something_new(self, now_ns: int) -> bool:
+        """Whether pictures are there that have not been taken, as far as their stamps tell."""
+        common_ns, taken = self._ingest.newest_common_ns(), self._running.taken
+        return (common_ns is not None and (not taken or common_ns > taken[-1].stamp_ns)
+                and now_ns - common_ns <= self._fresh_ns)
 
     def _take(self, observation: Observation, now_ns: int) -> None:
         running = self._running
@@ -247,7 +267,8 @@ class Player:
                    else max(now_ns, self._answers[observation.stamp_ns]))
         taken = Taken(observation=observation, stamp_ns=observation.stamp_ns, taken_ns=now_ns,
                       done_ns=done_ns, state=observation.state
-                      if observation.state is not None else np.zeros(0))
+                      if observation.state is not None else np.zeros(0),
+                      epoch=len(running.halts) if self._answers is None else None)
         self._busy_until_ns = done_ns if self._answers is None else None
         if self._foresight:
             taken.prefix = self._foresight.prefix(taken.stamp_ns)
@@ -299,8 +320,7 @@ class Player:
             self._prober.begin()
         self._draw = self._latency.draws(self._seed, count)
         self._queue: list[Taken] = []
-        self._foresight = (Foresight(self._robot, self._mode, self._guard)
-                           if self._foresees else None)
+        self._foresight = Foresight(self._driving) if self._foresees else None
         self._busy_until_ns: int | None = None
         self._looked_ns: int | None = None
         self._seen_common_ns: int | None = None
@@ -335,6 +355,6 @@ class Player:
                 running.missing.append((*self._missing, now_ns or running.actions[0].end_ns()))
             probed, probes = (self._prober.answers() if self._prober
                               else (np.zeros(0, np.int64), {}))
-            return running.replayed(self._robot, self._mode, self._guard, probed, probes)
+            return running.replayed(self._driving, probed, probes)
         except ValueError as error:
             return Skipped(name=running.name, reason=str(error))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meanflow_ros.core.contract import NANOSECONDS
+from meanflow_ros.evaluation.replay.driving import NO_URDF, limits_of_bag
 from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.evaluation.replay.player import Player
 from meanflow_ros.evaluation.replay.probes import Prober, other_instruction
@@ -21,8 +22,9 @@ class BagReport:
     """What is known of a bag beside its episodes.
 
     seconds, messages: that were read. lost: what could not be read. skipped: (episode, why).
-    error: why it could not be replayed at all. inference_s, inferred: time and chunks. node: what
-    a node that was played to says in /diagnostics at the end.
+    error: why it could not be replayed at all. inference_s, inferred: time and chunks. urdf: the
+    topic or the file of the robot description whose limits were kept, '' for none. node: what a
+    node that was played to says in /diagnostics at the end.
     """
 
     name: str
@@ -34,6 +36,7 @@ class BagReport:
     error: str = ''
     inference_s: float = 0.0
     inferred: int = 0
+    urdf: str = ''
     node: dict[str, str] = field(default_factory=dict)
 
 
@@ -52,18 +55,22 @@ def replay_bag(path: Path, settings: ReplaySettings, acting, report: BagReport, 
             raise ValueError(f'{path} is empty: there is no message in it'
                              + (f' ({"; ".join(bag.lost)})' if bag.lost else ''))
         topics, instructions = topics_of(bag, settings)
+        described = None if settings.urdf else limits_of_bag(bag, topics.description,
+                                                             settings.robot)
+        driving = settings.driving(described)
+        report.urdf = settings.urdf.removesuffix(NO_URDF) if settings.urdf else (
+            topics.description if described else '')
         start_ns, stop_ns = settings.part_of(bag)
         answers = None
         if settings.policy == LIVE:
             answers, report.node = acting.play(bag, topics, start_ns, stop_ns, instructions)
         player = Player(
-            bag.name, settings.robot, settings.data, topics, answers=answers,
+            bag.name, driving, settings.data, topics, answers=answers,
             limits=settings.limits,
             latency=settings.latency, seed=settings.seed, batch=settings.at_a_time,
             instructions=instructions,
             infer=acting.infer if acting else lambda queue: None,
-            settle=acting.settle if acting else lambda: None, mode=settings.mode,
-            guard=settings.guard, prober=_prober(settings, acting),
+            settle=acting.settle if acting else lambda: None, prober=_prober(settings, acting),
             wanted=lambda number: not done(number) and (not settings.episodes
                                                         or number in settings.episodes))
         if settings.start_s:

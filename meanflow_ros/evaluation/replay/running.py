@@ -101,6 +101,7 @@ def make_settings(arguments: argparse.Namespace) -> ReplaySettings:
         instruction=arguments.instruction, probe_every_s=arguments.probe_every,
         noise_seeds=arguments.noise_seeds, swapped_instruction=arguments.swapped_instruction,
         execution=arguments.execution, motion=str(arguments.motion or ''),
+        urdf=arguments.urdf, as_driven=arguments.as_driven,
         min_rate_hz=arguments.min_rate_hz, frozen_pictures=arguments.frozen_pictures,
         picture_size=arguments.picture_size)
 

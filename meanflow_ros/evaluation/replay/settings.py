@@ -14,11 +14,14 @@ import numpy as np
 import yaml
 
 from meanflow_ros.core.contract import NANOSECONDS, RobotSpec, clean_instruction
-from meanflow_ros.core.guard import GuardSettings
+from meanflow_ros.core.guard import Guard
+from meanflow_ros.core.limits import Limits
 from meanflow_ros.core.policy import MAX_STEPS, read_config, read_robot
 from meanflow_ros.core.schema import known_or_hint, read_dataclass, to_plain
-from meanflow_ros.core.timeline import Mode, RecedingHorizon
+from meanflow_ros.core.timeline import Mode
+from meanflow_ros.evaluation.replay.driving import Driving, limits_of_file, motion_config
 from meanflow_ros.evaluation.replay.latency import Latency
+from meanflow_ros.ros.motion_config import read_mode
 from meanflow_ros.ros.streams import IngestLimits
 from meanflow_ros.training.data_config import DataConfig
 
@@ -41,8 +44,9 @@ class ReplaySettings:
     seconds between probed observations, 0 for no probes. noise_seeds: seeds drawn per probed
     observation.
     swapped_instruction: what the probe says, '' for another of `known_instructions`, those of the
-    recordings. execution: as the parameter of the node. motion: a motion file, whose limits the
-    guard applies; '' for the checkpoint's. min_rate_hz, frozen_pictures, picture_size: as the
+    recordings. execution: as the parameter of the node. motion: the motion file that the node is
+    started with, '' for none. urdf: file of the robot description, '' for that of the recording,
+    'none' for none. as_driven: see Driving. min_rate_hz, frozen_pictures, picture_size: as the
     parameters of the node. namespace: of the node that runs.
     """
 
@@ -68,6 +72,8 @@ class ReplaySettings:
     known_instructions: tuple[str, ...] = ()
     execution: str = RECEDING
     motion: str = ''
+    urdf: str = ''
+    as_driven: bool = False
     min_rate_hz: float = 0.0
     frozen_pictures: int = 10
     picture_size: str = 'aspect'
@@ -87,7 +93,7 @@ class ReplaySettings:
         for name in ('start_s', 'duration_s', 'probe_every_s'):
             if not 0 <= getattr(self, name) < 1e9:
                 raise ValueError(f'{name} must be at least 0, got {getattr(self, name)}')
-        self.mode, self.limits
+        self.limits, self.driving()
         if any(number < 0 for number in self.episodes):
             raise ValueError(f'episodes are counted from 0, got {min(self.episodes)}')
         for name in ('instruction', 'swapped_instruction'):
@@ -97,9 +103,6 @@ class ReplaySettings:
     @property
     def mode(self) -> Mode:
         """Return how chunks that overlap become one sequence of actions."""
-        if self.execution == RECEDING:
-            return RecedingHorizon()
-        from meanflow_ros.ros.motion_config import read_mode
         return read_mode(self.execution)
 
     @property
@@ -114,15 +117,24 @@ class ReplaySettings:
             self.data.limits(), min_rate_hz=self.min_rate_hz,
             frozen_pictures=self.frozen_pictures, picture_size=self.picture_size)
 
-    @property
-    def guard(self) -> GuardSettings | None:
-        """Return what the guard checks beside the checkpoint's limits."""
-        if not self.motion:
-            return None
-        from meanflow_ros.ros.motion_config import read_motion
-        config = read_motion(self.motion)
-        config.check(self.robot)
-        return config.guard_settings(self.robot, state_range=self._state_range())
+    def driving(self, described: Limits | None = None) -> Driving:
+        """Return what drives the robot. described: limits of the recording's description.
+
+        ValueError names what is wrong in the motion file or the URDF.
+        """
+        config = motion_config(self.motion, self.robot)
+        if self.urdf:
+            described = limits_of_file(self.urdf, self.robot)
+        try:
+            guard = config.guard_settings(self.robot, described=described,
+                                          state_range=self._state_range())
+            Guard(self.robot, guard)
+        except ValueError as error:
+            raise ValueError(f'the limits of the robot description and those of the checkpoint '
+                             f'and the motion file have nothing in common: {error}; give the '
+                             f'right one with --urdf FILE') from None
+        return Driving(robot=self.robot, config=config, mode=self.mode, guard=guard,
+                       as_driven=self.as_driven)
 
     def _state_range(self) -> tuple[np.ndarray, np.ndarray] | None:
         if not self.checkpoint:
@@ -145,9 +157,14 @@ class ReplaySettings:
 
         The batch and the threads are left out: they change no result.
         """
-        plain = self.plain() | {'batch': 0, 'threads': 0, 'weights': _weights(self.checkpoint)}
+        plain = self.plain() | {'batch': 0, 'threads': 0, 'weights': _weights(self.checkpoint),
+                                'files': [_content(self.motion), _content(self.urdf)]}
         text = json.dumps(plain, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _content(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ''
 
 
 def _weights(checkpoint: str) -> str:

@@ -16,6 +16,7 @@ from meanflow_ros.core.policy import read_config
 from meanflow_ros.evaluation.replay.accuracy import (
     accuracy, per_episode, recorded_actions, scale_of)
 from meanflow_ros.evaluation.replay.baselines import baseline_chunks
+from meanflow_ros.evaluation.replay.driving import not_checked
 from meanflow_ros.evaluation.replay.episode import EpisodeReplay
 from meanflow_ros.evaluation.replay.questions import drift, probed
 from meanflow_ros.evaluation.replay.settings import ReplaySettings
@@ -57,7 +58,9 @@ def _numbers(episodes: Sequence[EpisodeReplay], settings: ReplaySettings) -> dic
     found |= timing(episodes, robot)
     found['latency_ms'] |= {'source': settings.latency.source,
                             'runtime': dict(settings.latency.runtime)}
-    found |= {'guard': guarded(episodes), 'missing_input': missing_input(episodes)}
+    found |= {'guard': guarded(episodes) | {'motion': settings.motion,
+                                            'not_checked': not_checked(settings.driving())},
+              'missing_input': missing_input(episodes)}
     found |= probed(episodes, robot.action_space.dimensions, scale)
     trained = (None, None, (), None)
     if settings.checkpoint:

@@ -11,6 +11,7 @@ from meanflow_ros.ros.bag import absolute_topic
 from meanflow_ros.ros.bag_files import Channel, topic_list
 from meanflow_ros.ros.from_messages import ActionReader, action_reader, scalar_action
 from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE
+from meanflow_ros.ros.motion_config import measured_names
 from meanflow_ros.training.data_config import DataConfig, Instructions
 
 CLOCK, STRING, JOINT_STATE = 'rosgraph_msgs/msg/Clock', 'std_msgs/msg/String', \
@@ -24,7 +25,8 @@ class Topics:
     """The topics of one bag by their role, each with its type in `types`.
 
     cameras: camera name -> topic. actions: the action topic, then the gripper's if there is one,
-    each with the reader of its messages. Roles that nothing fills are ''.
+    each with the reader of its messages. description: of the robot, read before the rest. Roles
+    that nothing fills are ''.
     """
 
     types: Mapping[str, str]
@@ -34,6 +36,7 @@ class Topics:
     instruction: str = ''
     episode: str = ''
     clock: str = ''
+    description: str = ''
 
     def all(self) -> set[str]:
         """Return every topic that is read."""
@@ -88,7 +91,9 @@ def find_topics(found: Mapping[str, Channel], robot: RobotSpec, data: DataConfig
                                                 STRING),
         episode=(search.find('episode_topic', data.episode_topic, STATUS, INT32)
                  if data.episodes == 'topic' else ''),
-        clock=search.find('use_sim_time', '/clock', CLOCK) if data.use_sim_time else '')
+        clock=search.find('use_sim_time', '/clock', CLOCK) if data.use_sim_time else '',
+        description=search.latched_if_there('robot_description', STRING)
+        if measured_names(robot) else '')
     search.require_used()
     return topics
 
@@ -119,6 +124,15 @@ class _Search:
             raise ValueError(f'{topic} ({field}) holds {channel.type}, '
                              f'expected {" or ".join(types)}')
         return channel.topic
+
+    def latched_if_there(self, name: str, *types: str) -> str:
+        """Return the topic for `name`, '' if the bag has none and no remapping asks for one.
+
+        One of another type is none: a node would not hear it.
+        """
+        channel = self._found.get(self._resolved(name))
+        asked = absolute_topic(name) in self._remaps or (channel and channel.type in types)
+        return self.find(name, name, *types) if asked else ''
 
     def _nearest(self, topic: str, types: tuple[str, ...]) -> str:
         """Return the topic whose name is nearest; one that holds the whole word comes first."""

@@ -98,12 +98,15 @@ def _timing(document) -> list[Finding]:
 
 def _guard(document) -> list[Finding]:
     guard = document['guard']
+    unknown = ''.join(f' Not known from a recording: {kind}.' for kind in guard['not_checked'])
     if not guard['interventions']:
-        return [Finding(GOOD, 'The guard let every chunk pass unchanged.', 'guard.interventions')]
+        return [Finding(GOOD, f'The guard let every chunk pass unchanged.{unknown}',
+                        'guard.interventions')]
     kinds = ', '.join(f'{kind} {count}' for kind, count in guard['interventions'].items())
     share = guard['rejected_share'] or 0.0
     return [Finding(STOP if share > 0.01 else LOOK,
-                    f'The guard intervened: {kinds}; {share:.1%} of the chunks were refused.',
+                    f'The guard intervened: {kinds}; {share:.1%} of the chunks were refused.'
+                    f'{unknown}',
                     'guard.interventions')]
 
 

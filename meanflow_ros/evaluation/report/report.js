@@ -122,8 +122,15 @@ function timing(found, policy) {
     table(['', 'jump p50', 'p99', 'jump in velocity p50, /s', 'p99', 'jerk in a chunk p50, /s³', 'p99'], policy.dimensions.map(name => [name + (unitText(policy.units[name]) ? `, ${policy.units[name]}` : ''),
       ...[found.seams.jump, found.seams.velocity_jump, found.jerk].flatMap(each => [round(each[name].p50), round(each[name].p99)])])),
     pairs([['seams', found.seams.count], ['steps of chunks that expired', percent(found.expired.share)], ['first action after', seconds(found.start_s.p50)],
-      ['guard', Object.entries(found.guard.interventions).map(([kind, count]) => `${kind} ${count}`).join(', ') || 'never intervened'],
       ['chunks', `${found.guard.accepted} accepted, ${found.guard.rejected} refused, ${found.guard.discarded} discarded, ${found.guard.unfinished} unfinished`]]));
+  guard(found);
+}
+
+function guard(found) {
+  const kinds = Object.entries(found.guard.interventions), unknown = Object.entries(found.guard.not_checked);
+  section('guard', 'The guard', `What it did to chunks, with ${found.guard.motion ? `the motion file ${found.guard.motion}` : 'no motion file'}. Robot description: ${[...new Set(found.recordings.map(each => each.urdf || 'none'))].join(', ')}.`,
+    kinds.length ? table(['kind', 'times'], kinds) : element('p', {}, 'It never intervened.'),
+    unknown.map(([kind, why]) => element('p', {class: 'note'}, `Not known from a recording: ${kind}: ${why}.`)));
 }
 
 function probes(found) {
