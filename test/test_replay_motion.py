@@ -91,6 +91,8 @@ class Sent:
         messages = self.messages
 
         class Publisher:
+            topic_name = topic
+
             def publish(self, message):
                 assert isinstance(message, kind)
                 messages[topic] += 1
@@ -99,6 +101,9 @@ class Sent:
                 return 1
 
         return Publisher()
+
+    def get_subscriptions_info_by_topic(self, topic):
+        return []
 
 
 def as_the_node(path, episode, motion: str, mode: str, answer) -> tuple[Counter, Counter]:
@@ -135,7 +140,7 @@ def as_the_node(path, episode, motion: str, mode: str, answer) -> tuple[Counter,
 @pytest.mark.parametrize('mode', ['receding_horizon', 'ensemble:0.01'])
 def test_the_nodes_motion_and_the_replay_count_the_same_interventions_by_kind(
         tmp_path, outputs, mode):
-    drifting(1500, tmp_path / 'bag')
+    drifting(2500, tmp_path / 'bag')
     motion = motion_file(tmp_path, outputs=outputs, **WILD)
     acting = Fake(error=wild)
     document, (episode,), _ = replay(tmp_path / 'bag', acting, latency_ms=17, motion=motion,

@@ -39,7 +39,7 @@ class Followed:
 
     def __init__(self, outputs: Sequence, guard: Guard, astray: np.ndarray, compares: bool = True):
         self._outputs = [output for output in outputs if not output.streams]
-        self._guard, self._astray, self._compares = guard, astray, compares
+        self.guard, self._astray, self._compares = guard, astray, compares
         self.felt = np.full(len(astray), np.nan)
         self._astray_ns: int | None = None
         # Topic -> where (D,) its controller stood at its first trajectory, until it moves.
@@ -93,7 +93,7 @@ class Followed:
         columns = output.columns
         if not self._compares:
             return np.full(len(columns), np.inf)
-        return self._astray[columns] + _LAG_S * self._guard.limits.velocity[columns]
+        return self._astray[columns] + _LAG_S * self.guard.limits.velocity[columns]
 
     def require(self, now_ns: int) -> None:
         """Rejected while a joint is measured far from where its controller was sent.
@@ -104,7 +104,7 @@ class Followed:
         self.look()
         for output in self._outputs:
             if self.is_unsure(output, now_ns):
-                self._guard.interventions['astray'] += 1
+                self.guard.interventions['astray'] += 1
                 raise Rejected('astray', f'the controller of {output.config.topic!r} has been '
                                          f'started again: its last trajectory has yet to end')
             told = output.set_point(now_ns)
@@ -120,7 +120,7 @@ class Followed:
             if self._astray_ns is None or now_ns < self._astray_ns:
                 self._astray_ns = now_ns
             if not self._stays_astray(now_ns):
-                self._guard.interventions['astray'] += 1
+                self.guard.interventions['astray'] += 1
                 raise Rejected('astray', f'{output.config.dimensions[worst]!r} is '
                                          f'{away[worst]:.4g} away from where it was sent')
             return
@@ -153,11 +153,11 @@ class Followed:
             self._stood[output.config.topic] = self.felt[output.columns].copy()
 
     def _at(self, output, at_ns: int, measured: np.ndarray) -> np.ndarray | None:
-        columns, limits = output.columns, self._guard.limits
+        columns, limits = output.columns, self.guard.limits
         still = np.stack([self.felt[columns], np.zeros(len(columns))])
         told = output.set_point(at_ns)
         if told is None:
-            if not self._guard.is_inside(self.felt)[columns].all():
+            if not self.guard.is_inside(self.felt)[columns].all():
                 return None
             told = still
         position, velocity = np.where(measured, still, told)
@@ -192,8 +192,8 @@ class Followed:
         looked_at = np.zeros(len(self.felt), bool)
         looked_at[output.columns] = which
         try:
-            self._guard.require_inside(self.felt, looked_at)
+            self.guard.require_inside(self.felt, looked_at)
         except Rejected as error:
             self._astray_ns = None
-            self._guard.interventions[error.kind] += 1
+            self.guard.interventions[error.kind] += 1
             raise

@@ -39,7 +39,7 @@ class Motion:
     def __init__(self, robot: RobotSpec, config: MotionConfig, guard: Guard, mode: Mode,
                  outputs: Sequence = (), compares: bool = True):
         config.check(robot)
-        self.robot, self.config, self.guard = robot, config, guard
+        self.robot, self.config = robot, config
         self.outputs = list(outputs)
         self.timeline = Timeline(period_ns=round(robot.period_s * NANOSECONDS), mode=mode)
         self.stopped: str | None = None
@@ -60,6 +60,15 @@ class Motion:
         self._silenced_ns: int | None = None
         self._rest_ns: int | None = None
         self._looked_ns = 0
+
+    @property
+    def guard(self) -> Guard:
+        """What checks chunks and commands; another one brings other limits."""
+        return self._followed.guard
+
+    @guard.setter
+    def guard(self, guard: Guard) -> None:
+        self._followed.guard = guard
 
     @property
     def moving(self) -> bool:

@@ -48,6 +48,7 @@ DECODING_THREADS = 2
 POLL_S = 0.1
 THREAD_SWITCH_S = 0.0005  # Python's 5 ms would hold back the inference thread
 END_S = 2.0         # that the network has to answer before it is left behind
+CLOCK_SETTLES_S = 0.5   # without another jump: late messages of /clock come between others
 FIRST_INPUT_S = 2.0  # silence about inputs that have not come yet
 LEFT = 'the network of the last configuration has not answered yet; if it never does, start the ' \
        'node again'
@@ -68,6 +69,7 @@ class PolicyNode(LifecycleNode):
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix='decode')
         self._status = Status()
         self._inferring_since_s: float | None = None
+        self._clock_jumped_s = -np.inf            # by the steady clock
         self._control = MotionControl(self, self._inputs, self._now_ns, self._why_no_chunk)
         self._problems = parameters.declare(
             self, can_configure=lambda: self._policy is None)
@@ -293,6 +295,7 @@ class PolicyNode(LifecycleNode):
         jump_s = self._ingest.clock(
             now_ns, None if clock.ros_time_is_active else time.monotonic_ns())
         if jump_s is not None:
+            self._clock_jumped_s = time.monotonic()
             self._control.clock_jumped(now_ns)
             self._status.last_stamp_ns = None
             self.get_logger().warning(f'the clock jumped {ahead_or_back(jump_s)}: inputs '
@@ -342,6 +345,8 @@ class PolicyNode(LifecycleNode):
                 raise NoObservation('clock', CLOCK, 'use_sim_time is set and nothing has been '
                                                     'received on /clock', waiting=True)
             observation = self._ingest.observe(now_ns=now_ns)
+            if time.monotonic() - self._clock_jumped_s < CLOCK_SETTLES_S:
+                raise NoObservation('clock', CLOCK, 'it has just jumped', waiting=True)
         except NoObservation as reason:
             self._report(str(reason), patience_s=FIRST_INPUT_S if reason.waiting else 0.0)
             return None
