@@ -597,6 +597,25 @@ def test_simulated_time_is_used_and_a_jump_back_forgets_the_inputs(micro_checkpo
         assert times_ns(chunk) == RULE_NS[1:]                    # 0.2 s is past at 50.25 s
 
 
+def test_after_a_jump_of_the_clock_no_chunk_comes_until_it_has_gone_on_for_a_while(micro_checkpoint):
+    with Rig(micro_checkpoint, parameters={'use_sim_time': True}) as rig:
+        def running(from_s):
+            begin_s = time.monotonic()
+
+            def each():
+                now_ns = seconds(from_s + time.monotonic() - begin_s)
+                rig.feeder.tick(now_ns)
+                rig.feeder.feed(stamp_ns=now_ns)
+                time.sleep(0.02)
+            return each
+        rig.activate()
+        rig.chunk(each=running(100.0))
+        jumped_s = time.monotonic()
+        until(lambda: any(stamp_of(chunk) < seconds(90.0) for chunk in list(rig.feeder.chunks)),
+              'a chunk of the new time', each=running(50.0))
+        assert time.monotonic() - jumped_s >= policy_node.CLOCK_SETTLES_S
+
+
 # When the network fails
 
 
