@@ -597,7 +597,7 @@ def test_simulated_time_is_used_and_a_jump_back_forgets_the_inputs(micro_checkpo
         assert times_ns(chunk) == RULE_NS[1:]                    # 0.2 s is past at 50.25 s
 
 
-def test_after_a_jump_of_the_clock_no_chunk_comes_until_it_has_gone_on_for_a_while(micro_checkpoint):
+def test_after_a_jump_of_the_clock_no_chunk_comes_until_it_has_gone_on(micro_checkpoint):
     with Rig(micro_checkpoint, parameters={'use_sim_time': True}) as rig:
         def running(from_s):
             begin_s = time.monotonic()
