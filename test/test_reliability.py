@@ -148,15 +148,15 @@ def test_after_a_command_that_was_held_up_only_its_position_and_velocity_are_kno
                                                        stamp_s=stamps).violations)
 
 
-def test_what_a_controller_does_after_a_trajectory_that_was_held_up_is_no_violation():
+def test_what_a_controller_does_after_a_trajectory_that_came_later_than_its_lead_is_no_violation():
     times, points = [0.1, 0.2], [[0.2], [0.2]]
-    for arrival_s, violations in ((1.05, 2), (2.05, 1)):
-        found = Checker()
-        found.take(['j', 1.0, 5 * 10**9, times, points, [[0.0]] * 2])
-        found.take(['j', arrival_s, 5 * 10**9 + 5 * 10**7, times, points, [[0.0]] * 2])
+    for late_s, violations in ((0.04, 2), (0.06, 1)):
+        found = Checker(offset_s=4.0)
+        found.take(['j', 1.0 + late_s, 5 * 10**9, times, points, [[0.0]] * 2])
         for later_s in (0.1, 0.4):
-            found.take(['s', arrival_s + later_s, 0.2, 2 * VELOCITY[0]])
-        assert (found.violated, found.refused['held up']) == (violations, 2 - violations)
+            found.take(['s', 1.0 + late_s + later_s, 0.2, 2 * VELOCITY[0]])
+        late = found.refused['trajectory: later than its lead']
+        assert (found.violated, late) == (violations, 2 - violations)
 
 
 def test_a_position_outside_its_limits_is_a_violation():
@@ -209,6 +209,9 @@ def test_a_soak_that_grows_is_told_from_one_that_does_not():
             'memory_mib_per_hour': None}
     assert not failed(good)
     assert failed({**good, 'memory_mib_per_hour': trend})
+    assert failed({**good, 'memory_mib_per_hour': {'slope': 1.01, 'error': 0.5}})
+    assert not failed({**good, 'memory_mib_per_hour': {'slope': 0.99, 'error': 0.1}})
+    assert not failed({**good, 'p99_ms_per_hour': {'slope': 5.0, 'error': 3.0}})
     for key, value in (('crashes', 1), ('outside_limits', 1), ('failures', [{}])):
         assert failed({**good, key: value})
     assert slope(rows[:4], 'p99_ms') is None

@@ -17,6 +17,7 @@ PERIOD_S = 1 / CONTROL_RATE_HZ
 ROUNDING = 1e-3         # share of a limit
 STOOD_S = 5 * PERIOD_S  # without a command the controllers have held so long that all stands
 LATE_S = 0.3            # a message may arrive
+LEAD_S = 0.05           # so late a trajectory may: lead_s of the motion file, by default
 STILL = 1e-9
 SET_POINT_ROOM = 1.5
 
@@ -47,10 +48,11 @@ class Checker:
 
     moved: (monotonic seconds) of the last command that moved each output. commands: how many.
     worst: the largest share of a limit that was used, by limit and dimension. simulated_time: the
-    robot lives by the stamps alone.
+    robot lives by the stamps alone. offset_s: of stamps, against arrivals; None if not known.
     """
 
-    def __init__(self):
+    def __init__(self, offset_s: float | None = None):
+        self._offset_s = offset_s
         self.violations: deque[str] = deque(maxlen=1000)
         self.violated = 0
         self.moved = dict.fromkeys(('stream', 'trajectory'), 0.0)
@@ -61,7 +63,6 @@ class Checker:
         self.simulated_time = False
         self._where = ''
         self._before: _Command | None = None
-        self._sent = 0.0, -1 << 62   # arrival and stamp of the last trajectory
         self._hurries_until_s = 0.0
 
     def forget(self) -> None:
@@ -148,12 +149,11 @@ class Checker:
     def _trajectory(self, at: float, stamp_ns: int, times, positions, velocities) -> None:
         """Check the points of a trajectory for the shoulder.
 
-        After one that was held up on its way the controller hurries: nothing is said of that.
+        After one that came later than its lead the controller hurries: nothing is said of that.
         """
-        arrived_s, before_ns = self._sent
-        passed_s, self._sent = (stamp_ns - before_ns) / 1e9, (at, stamp_ns)
-        if not self.simulated_time and 0 <= passed_s <= LATE_S < at - arrived_s - passed_s:
-            self.refused['held up'] += 1
+        if (self._offset_s is not None and not self.simulated_time
+                and at + self._offset_s - stamp_ns / 1e9 > LEAD_S):
+            self.refused['trajectory: later than its lead'] += 1
             self._hurries_until_s = at + LATE_S
         self._where = ''
         times, positions = np.array(times), np.array(positions, float)

@@ -30,7 +30,7 @@ from controllers import (
 from reliability.robot import TOPICS
 
 PERIOD_S = 0.01
-WAITING = 20        # halves of control periods that wait for the other one
+WAITING_S = 1.0      # a half of a control period waits for the other one
 RESET_NS = 10**9     # a clock that goes back further begins anew
 PAUSE_S = 0.05       # a clock that stands as long has stopped
 
@@ -94,7 +94,7 @@ class Controllers:
         self._arm = JointTrajectoryController(['shoulder'], [shoulder])
         self._forward, self._servo = ForwardCommandController(2), Servo()
         self._elbow, self._moving, self._turns = elbow, False, False
-        self._halves: dict[str, dict[int, list]] = {'forward': {}, 'twist': {}}
+        self._halves: dict[str, dict[int, tuple[float, list]]] = {'forward': {}, 'twist': {}}
         queue = QoSProfile(depth=200)
         node.create_subscription(JointTrajectory, TOPICS['trajectory'], self._on_trajectory, queue)
         node.create_subscription(Float64MultiArray, TOPICS['forward'], self._on_forward, queue)
@@ -152,14 +152,15 @@ class Controllers:
 
         A number that is left out is a lost message.
         """
-        number, halves = info['publication_sequence_number'], self._halves
-        halves[name][number] = values
-        if all(number in each for each in halves.values()):
-            (stamp_ns, turn), forward = (halves[name].pop(number) for name in ('twist', 'forward'))
-            tell('c', time.monotonic(), number, stamp_ns, *forward, turn)
-        for each in halves.values():
-            while len(each) > WAITING:
+        number, halves, now_s = info['publication_sequence_number'], self._halves, time.monotonic()
+        for each in halves.values():     # of a node that is gone, too, whose numbers come again
+            while each and now_s - next(iter(each.values()))[0] > WAITING_S:
                 each.pop(next(iter(each)))
+        halves[name][number] = now_s, values
+        if all(number in each for each in halves.values()):
+            (stamp_ns, turn), forward = (halves[name].pop(number)[1]
+                                         for name in ('twist', 'forward'))
+            tell('c', now_s, number, stamp_ns, *forward, turn)
 
 
 def tell(*record) -> None:

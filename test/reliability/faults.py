@@ -33,10 +33,10 @@ class Fault:
     begin, end: do and undo it. stops: words of which heartbeat or diagnostics must say all, in
     one message, while the robot rests; None: chunks go on and no command breaks a limit.
     within_s: from `begin` until everything rests. recovers_s: from `end` until everything moves
-    again. seconds: how long a fault lasts that does not stop the robot. node: the variant of the
-    node. silent: nobody is there to say anything. grows_mib: the node's memory, at most: large
-    messages leave their buffers to the allocator. short: it is among those of `make test`. soak:
-    it may come in a soak.
+    again. seconds: how long a fault lasts that does not stop the robot. chunks_hz: how many come
+    meanwhile, at least. node: the variant of the node. silent: nobody is there to say anything.
+    grows_mib: the node's memory, at most: large messages leave their buffers to the allocator.
+    short: it is among those of `make test`. soak: it may come in a soak.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Fault:
     within_s: float = DEADLINE
     recovers_s: float = 3.0
     seconds: float = 1.5
+    chunks_hz: float = 2.0
     node: str = PLAIN
     silent: bool = False
     grows_mib: float = 8.0
@@ -311,7 +312,7 @@ def _parameters() -> list[Fault]:
     def change(name, value, back, accepted=True):
         words = 'to' if accepted else 'refused,'
         return Fault(name=f'parameter: {name} {words} {value}', begin=_set(name, value, accepted),
-                     end=_set(name, back))
+                     end=_set(name, back), chunks_hz=1.0 if value == 'open_loop' else 2.0)
 
     return [
         change('execution', 'open_loop', 'receding_horizon'),

@@ -67,7 +67,8 @@ class Graph:
     """
 
     def __init__(self, out: Path, *, domain: int | None = None, rate_hz: float = 30.0):
-        self.out, self.checker, self._rate_hz = out, Checker(), rate_hz
+        self.out, self._rate_hz = out, rate_hz
+        self.checker = Checker(offset_s=time.time() - time.monotonic())
         self.domain = 40 + os.getpid() % 60 if domain is None else domain
         self.chunks: deque = deque(maxlen=10_000)    # (monotonic seconds, stamp_ns)
         self.beats: deque = deque(maxlen=2000)       # (monotonic seconds, words)

@@ -25,7 +25,8 @@ from reliability.trial import attempt, prepare  # noqa: E402
 
 QUIET_S = (2.0, 5.0)      # without a fault, between two
 SETTLE_S = 0.5            # after a fault, before latencies count
-SETTLING_MINUTES = 2      # of a long soak, before slopes count
+SETTLING_MINUTES = 5      # of a long soak, before slopes count
+FLAT = {'p99_ms_per_hour': 1.0, 'memory_mib_per_hour': 1.0}     # less is nothing to a user
 VIOLATIONS_KEPT = 50      # the last ones; most come with a fault, and stand there too
 
 
@@ -94,9 +95,10 @@ def slope(rows: list[dict], key: str) -> dict | None:
             'mean': round(float(values.mean()), 3)}
 
 
-def grows(trend: dict) -> bool:
-    """Whether a slope is beyond twice its standard error."""
-    return trend['slope'] > 2 * trend['error']
+def grows(result: dict, key: str) -> bool:
+    """Whether a slope is beyond twice its standard error, and more than nothing to a user."""
+    trend = result[key]
+    return bool(trend) and trend['slope'] > max(2 * trend['error'], FLAT[key])
 
 
 def verdict(result: dict) -> str:
@@ -110,15 +112,14 @@ def verdict(result: dict) -> str:
         if result[key]:
             trend = result[key]
             words.append(unit.format(trend['slope'], trend['error'], trend['mean'])
-                         + (' (grows)' if grows(trend) else ' (flat)'))
+                         + (' (grows)' if grows(result, key) else ' (flat)'))
     return '; '.join(words)
 
 
 def failed(result: dict) -> bool:
     """Whether there was a crash, another outcome than declared, a broken limit, or growth."""
     return bool(result['crashes'] or result['outside_limits'] or result['failures']
-                or any(result[key] and grows(result[key])
-                       for key in ('p99_ms_per_hour', 'memory_mib_per_hour')))
+                or any(grows(result, key) for key in FLAT))
 
 
 def plot(result: dict, path: Path) -> None:

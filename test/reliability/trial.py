@@ -105,7 +105,7 @@ def _goes_on(graph: Graph, fault: Fault, problems: list[str]) -> None:
     begin_s = time.monotonic()
     time.sleep(fault.seconds)
     chunks = graph.chunks_since(begin_s)
-    if chunks < 2 * fault.seconds:
+    if chunks < fault.chunks_hz * fault.seconds:
         problems.append(f'only {chunks} chunks in {fault.seconds:g} s: {graph.said(begin_s)[-4:]}')
 
 
