@@ -348,7 +348,7 @@ def test_a_message_whose_stop_fails_does_not_end_the_node(rig, monkeypatch, stop
 def test_execution_changes_while_the_robot_moves_and_a_bad_one_is_refused(rig):
     moving(rig)
     assert rig.set_parameter('execution', 'ensemble:0.1:newest_first').successful
-    until(lambda: 'TemporalEnsemble' in rig.values()['execution'], 'the mode',
+    until(lambda: rig.values()['execution'] == 'ensemble:0.1:newest_first', 'the mode',
           each=rig.feeder.steadily())
     refused = rig.set_parameter('execution', 'real_time:4')
     assert not refused.successful and 'prefix of at most 0 steps' in refused.reason
@@ -373,9 +373,9 @@ def test_an_open_loop_is_left_at_once_and_not_at_the_end_of_its_chunk(micro_chec
         count = len(rig.feeder.chunks)
         for _ in range(3):
             rig.diagnosed('', each=rig.feeder.steadily())
-        assert len(rig.feeder.chunks) == count and 'OpenLoop' in rig.values()['execution']
+        assert len(rig.feeder.chunks) == count and rig.values()['execution'] == 'open_loop'
         assert rig.set_parameter('execution', 'receding_horizon').successful
-        until(lambda: 'RecedingHorizon' in rig.values()['execution'], 'the mode, without inputs')
+        until(lambda: rig.values()['execution'] == 'receding_horizon', 'the mode, without inputs')
         rig.recovers()
 
 

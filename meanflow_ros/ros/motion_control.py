@@ -201,7 +201,7 @@ class MotionControl:
         if self.motion is None:
             return {}
         motion = self.motion
-        return {'execution': motion.timeline.mode, 'consumed_steps': motion.timeline.consumed,
+        return {'execution': self._execution, 'consumed_steps': motion.timeline.consumed,
                 'estop': self.estopped, 'enabled': self.enabled,
                 **{f'guard {kind}': count
                    for kind, count in motion.guard.interventions.items()},
