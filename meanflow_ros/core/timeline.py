@@ -48,6 +48,15 @@ def value_at(timed: TimedActions, time_ns: int, period_ns: int) -> np.ndarray | 
     return timed.actions[step] if since < period_ns else None
 
 
+def on_path(path: TimedActions, start_ns: int, since_ns: float = 0.0) -> np.ndarray:
+    """Return the action (A,) of a path `since_ns` after `start_ns`, on the line between its steps.
+
+    Before the first step and after the last they hold.
+    """
+    places_ns = (path.due_ns - start_ns).astype(np.float64)
+    return np.array([np.interp(since_ns, places_ns, column) for column in path.actions.T])
+
+
 def velocity_at(timed: TimedActions, time_ns: int, period_ns: int) -> np.ndarray:
     """Return how fast (A,) the action of a chunk changes after a time, per s; 0 where it holds."""
     step = int(np.searchsorted(timed.due_ns, time_ns, side='right')) - 1
@@ -317,8 +326,8 @@ class StopAlongPath:
             raise ValueError(f'stop_s must be above 0 and finite, got {stop_s}')
         self._path, self._is_rate = path, is_rate
         self._start_ns = max(start_ns, int(path.due_ns[0]))
-        self._places = (path.due_ns - self._start_ns).astype(np.float64)
-        self.length_ns = max(0, min(round(stop_s * 1e9), 2 * int(self._places[-1])))
+        left_ns = int(path.due_ns[-1]) - self._start_ns
+        self.length_ns = max(0, min(round(stop_s * 1e9), 2 * left_ns))
 
     def at(self, now_ns: int) -> np.ndarray:
         """Return the command (A,): on the path, and at rest from the end of the stop on."""
@@ -326,6 +335,5 @@ class StopAlongPath:
         if self.length_ns:
             share = min(max((now_ns - self._start_ns) / self.length_ns, 0.0), 1.0)
         place = self.length_ns * (share - share ** 3 + share ** 4 / 2)
-        action = np.array([np.interp(place, self._places, column)
-                           for column in self._path.actions.T])
+        action = on_path(self._path, self._start_ns, place)
         return np.where(self._is_rate, (1 - 3 * share ** 2 + 2 * share ** 3) * action, action)

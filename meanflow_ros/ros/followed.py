@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meanflow_ros.core.contract import NANOSECONDS
 from meanflow_ros.core.guard import Guard, Rejected
 
-NANOSECONDS = 1_000_000_000
 _LAG_S = 0.2            # by which a joint and its state follow late, at its largest velocity
 _ASTRAY_S = 2.0         # so long it must stay there before it begins anew from there
 _STIRS = 0.1            # share of what a joint may lag; more is motion and no noise
@@ -65,7 +65,7 @@ class Followed:
             else:
                 self._ended_ns.setdefault(output.config.topic, now_ns)
 
-    def look(self) -> None:
+    def _look(self) -> None:
         """Notice controllers that were started again: another subscription of a known node."""
         for output in self._outputs:
             now, topic = output.subscribers(), output.config.topic
@@ -101,7 +101,7 @@ class Followed:
         Either it does not follow or its state is wrong. If it stays there, that is where it is:
         but nowhere outside its limits, where no way begins.
         """
-        self.look()
+        self._look()
         for output in self._outputs:
             if self.is_unsure(output, now_ns):
                 self.guard.interventions['astray'] += 1

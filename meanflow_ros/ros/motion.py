@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from meanflow_ros.core.contract import (
-    ActionChunk, RobotSpec, SafeChunk, SafeCommand, TimedActions)
+    NANOSECONDS, ActionChunk, RobotSpec, SafeChunk, SafeCommand, TimedActions)
 from meanflow_ros.core.guard import Guard
-from meanflow_ros.core.timeline import Mode, Prefix, StopAlongPath, Timeline
-from meanflow_ros.ros.followed import NANOSECONDS, Followed
+from meanflow_ros.core.timeline import Mode, Prefix, StopAlongPath, Timeline, on_path
+from meanflow_ros.ros.followed import Followed
 from meanflow_ros.ros.motion_config import HOLD, NEUTRAL, MotionConfig, measured_names
 
 NO_CHUNK, NO_SUBSCRIBER = 'no chunk', 'no subscriber'
@@ -261,11 +261,9 @@ class Motion:
         first_ns = now_ns + output.lead_ns
         if start is not None:
             first_ns = max(first_ns, start.begin_ns + self.timeline.period_ns // 2)
-        ahead = timed.due_ns >= first_ns
-        if not ahead.any():
+        plan = timed.after(first_ns)
+        if plan is None:
             return
-        plan = TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns[ahead],
-                            actions=timed.actions[ahead])
         begins = None
         if start is not None:
             whole = np.full((2, self.robot.action_space.size), np.nan)
@@ -332,7 +330,7 @@ class Motion:
             return _constant(self.config.neutral_command(self.robot))
         if path is None or self.config.safe_action == HOLD:
             return _constant(self._still() if path is None else
-                             self.robot.action_space.at_rest(_between(path, now_ns)))
+                             self.robot.action_space.at_rest(on_path(path, now_ns)))
         return StopAlongPath(path, start_ns=now_ns, stop_s=self.config.stop_s,
                              is_rate=self.robot.action_space.is_rate).at
 
@@ -348,12 +346,6 @@ class Motion:
         plan = TimedActions(stamp_ns=now_ns, due_ns=due_ns,
                             actions=np.array([stop(int(due)) for due in due_ns]))
         self._send_chunk(output, plan, now_ns, stopping=True)
-
-
-def _between(path: TimedActions, now_ns: int) -> np.ndarray:
-    """Return the action (A,) of a path at a time, on a line between its steps."""
-    since = (path.due_ns - now_ns).astype(float)
-    return np.array([np.interp(0.0, since, column) for column in path.actions.T])
 
 
 def _constant(command: np.ndarray):
