@@ -719,6 +719,24 @@ def test_after_the_clock_has_jumped_ahead_a_trajectory_begins_where_the_robot_is
     assert np.abs(np.diff([position[0], *course]) / 0.02).max() <= 1.1 * (1 + 1e-6)
 
 
+@pytest.mark.parametrize('ticked_s, stepped_s, begins', [
+    (0.1, 0.0, 0.2),         # its last trajectory has just ended
+    (0.3, 0.0, 0.23),        # it has stood there
+    (0.0, 10.0, 0.2)])       # a step of the clock within it, and a state from before: so it seems
+def test_a_robot_that_was_seen_to_stand_begins_where_it_is_measured(ticked_s, stepped_s, begins):
+    arm = JointTrajectoryController(['q'], [0.0])
+    driven = clamped(JointTrajectoryOutput(topic='t', dimensions=('q',)), arm, 1.1, 7.0)
+    replaced(driven, lambda: arm.state(driven.now_ns)[0][0], 0.2, 0)
+    while not stepped_s and driven.now_ns <= driven.motion.outputs[0].end_ns:
+        driven.run(0.02)
+    driven.run(ticked_s)
+    driven.wire.now_ns += round(stepped_s * 1000) * MS
+    driven.motion.feel(np.array([0.23]))
+    driven.chunk(np.full((16, 1), 0.2))
+    first = driven.wire.sent[-1][2].points[0]
+    assert first.positions[0] == pytest.approx(begins, abs=1e-6) and first.velocities[0] == 0.0
+
+
 class Waiting:
     """A controller that is subscribed, and receives nothing yet."""
 
