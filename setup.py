@@ -19,7 +19,8 @@ setup(
     name=package_name,
     version='0.1.0',
     packages=find_packages(exclude=['test']),
-    package_data={f'{package_name}.evaluation.report': ['*.html', '*.css', '*.js']},
+    package_data={f'{package_name}.core': ['*.cu'],
+                  f'{package_name}.evaluation.report': ['*.html', '*.css', '*.js']},
     data_files=[
         ('share/ament_index/resource_index/packages', [f'resource/{package_name}']),
         (f'share/{package_name}', ['package.xml']),

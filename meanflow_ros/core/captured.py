@@ -9,7 +9,6 @@ used by nothing that runs beside it.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,9 +20,6 @@ from torch import Tensor
 
 from meanflow_ros.core.fused import FusedNetwork
 from meanflow_ros.core.fused_dit import Schedule
-
-# Pictures are read-only, and are only read.
-warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
 
 WARM_UP_RUNS = 3
 MAX_GRAPHS = 12
@@ -88,11 +84,11 @@ def picture_shapes(batch: int, sizes: Sequence[tuple[int, int]]) -> list[tuple[i
 
 
 def lay_out(pictures: Sequence[Tensor], images: Sequence[Sequence[np.ndarray]]) -> None:
-    """Copy images into tensors of `picture_shapes`, by several threads where they are large."""
+    """Copy images into tensors of `picture_shapes`; to wake other threads would take longer."""
     for row, of_observation in enumerate(images):
-        places = [camera for group in pictures for camera in group[row]]
+        places = [camera for group in pictures for camera in group[row].numpy()]
         for place, image in zip(places, of_observation):
-            place.copy_(torch.from_numpy(image))
+            place[:] = image
 
 
 def _numbers(request: Request) -> list[Tensor]:

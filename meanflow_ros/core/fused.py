@@ -70,14 +70,14 @@ class FusedNetwork(nn.Module):
                noise: Tensor, schedule: Schedule, steps: int,
                known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Do as `decide`, from the keys and values of a context."""
-        modulations = self.dit.modulations(schedule, state, known[1] if known else None)
-        if not self.dit.in_one_kernel(keys, modulations):
-            keys = self.dit.keys_and_values.normalised(keys)
+        *modulations, clean = self.dit.modulations(schedule, state)
+        keys, values = self.dit.laid_out(keys, values)
+        given = (known[1], clean) if known else None
         constants = iter(zip(modulations, schedule.offsets))
 
         def u(z: Tensor, *, t: Tensor, h: Tensor, rows: None = None) -> Tensor:
             modulation, offset = next(constants)
-            return self.dit.velocity(z, modulation, offset, keys, values, bias)
+            return self.dit.velocity(z, modulation, offset, keys, values, bias, given)
 
         if known:
             u = meanflow.with_prefix(u, known[0][..., :self.dit.action_size], known[1])

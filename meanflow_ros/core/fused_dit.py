@@ -197,7 +197,7 @@ class Modulation(nn.Module):
 class FusedDiT(nn.Module):
     """Velocities of one action space, for chunks of a fixed horizon.
 
-    why_apart: why the blocks are never one kernel (core/persistent.py); '' if they can be.
+    why_apart: why it is never one kernel (core/persistent.py); '' if it can be.
     """
 
     def __init__(self, dit: ActionDiT, space: str, horizon: int, place: Placement):
@@ -206,10 +206,6 @@ class FusedDiT(nn.Module):
         self.keys_and_values = KeysAndValues(dit, place)
         self.modulation = Modulation(dit, space, place)
         self.blocks = nn.ModuleList(FusedFlowBlock(b, horizon, place) for b in dit.blocks)
-        self.why_apart, self._stacked = self._why_apart(), None
-        if not self.why_apart:
-            self._stacked = persistent.StackedWeights.of(
-                self.blocks, self.keys_and_values.scale.view(len(self.blocks), -1))
         self.encoder = _frozen_mlp(dit.action_encoders[space], place)
         self.state_encoder = (_frozen_mlp(dit.state_encoders[space], place)
                               if space in dit.state_encoders else None)
@@ -219,6 +215,16 @@ class FusedDiT(nn.Module):
                                                        decoder.mlp[0].weight[:, :width])[0])
         self.decode_out = nn.Sequential(nn.SiLU(), *_frozen_mlp(decoder.mlp[2:], place))
         self._times = TimeConstants(dit, decoder)
+        sizes = persistent.Sizes(
+            width=width, hidden=self.blocks[0].mlp_proj.weight.shape[1],
+            decoded=len(self.decode_in.weight), heads=dit.config.heads,
+            blocks=len(self.blocks), rows=horizon, actions=self.action_size)
+        self.why_apart = (persistent.why_not(sizes, place.device) if place.kernels
+                          else 'there are no kernels for its blocks')
+        self._weights = None
+        if not self.why_apart:
+            self._weights = persistent.Weights.of(sizes, self.encoder, self.blocks,
+                                                  self.decode_in, self.decode_out)
 
     @torch.no_grad()
     def schedule(self, times: Sequence[tuple[float, float]]) -> Schedule:
@@ -230,49 +236,42 @@ class FusedDiT(nn.Module):
             constant = self.modulation(signals[:, None])
         return Schedule(signals, place.kept(offsets[:-1]), constant)
 
-    def modulations(self, schedule: Schedule, state: Tensor | None,
-                    given: Tensor | None = None) -> Tensor:
+    def modulations(self, schedule: Schedule, state: Tensor | None) -> Tensor:
         """Return the modulation of all evaluations for normalised states (B, P).
 
-        given: (B, T) bool, steps that are clean; with them the result is of every step.
+        (N + 1, blocks, 6, B or 1, 1, D); the last is that of steps that are given.
         """
-        values = schedule.modulations
-        if values is None:
-            embedded = standardize(self.state_encoder(state.to(self.place.dtype)).float())
-            signals = schedule.signals if given is not None else schedule.signals[:-1]
-            values = self.modulation(signals[:, None] + embedded[:, None])
-        elif given is None:
-            values = values[:-1]
-        if given is None:
-            return values
-        return torch.where(given[..., None], values[-1], values[:-1])
+        if schedule.modulations is not None:
+            return schedule.modulations
+        embedded = standardize(self.state_encoder(state.to(self.place.dtype)).float())
+        return self.modulation(schedule.signals[:, None] + embedded[:, None])
+
+    def laid_out(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values as `velocity` takes them."""
+        keys = self.keys_and_values.normalised(keys)
+        return persistent.laid_out(keys, values) if self.in_one_kernel(keys) else (keys, values)
 
     def velocity(self, z: Tensor, modulation: Tensor, offset: Tensor, keys: Tensor,
-                 values: Tensor, bias: Tensor | None) -> Tensor:   # z (B, T, A)
-        """Return the velocity (B, T, A) of one evaluation: its modulation and offset."""
+                 values: Tensor, bias: Tensor | None,
+                 given: tuple[Tensor, Tensor] | None = None) -> Tensor:   # z (B, T, A)
+        """Return the velocity (B, T, A) of one evaluation: its modulation and offset.
+
+        given: which steps are (B, T) bool, and their modulation.
+        """
+        if self.in_one_kernel(keys):
+            return persistent.velocity(z, self._weights, modulation, offset, keys, values, bias,
+                                       given)
+        if given is not None:
+            modulation = torch.where(given[0][..., None], given[1], modulation)
         x = self.encoder(z.to(self.place.dtype))                   # (B, T, D)
-        if self.in_one_kernel(keys, modulation):
-            x = persistent.run_blocks(x[0], self._stacked, modulation[:, :, 0], keys[:, 0],
-                                      values[:, 0], bias, keys.shape[2])[None]
-        else:
-            for block, of_block, k, v in zip(self.blocks, modulation, keys, values):
-                x = block(x, of_block, k, v, bias)
+        for block, of_block, k, v in zip(self.blocks, modulation, keys, values):
+            x = block(x, of_block, k, v, bias)
         return self.decode_out(self.decode_in(rms_norm(x)) + offset).to(z.dtype)
 
-    def in_one_kernel(self, keys: Tensor, modulation: Tensor) -> bool:
-        """Return whether one kernel does all blocks: for one chunk of which steps are given.
-
-        keys: (blocks, B, heads, S, d). modulation: (..., B, 1 or T, D).
-        """
-        return (not self.why_apart and keys.shape[1] == 1 and modulation.shape[-2] > 1
-                and keys.shape[3] <= kernels.MOST_KEYS)
-
-    def _why_apart(self) -> str:
-        block = self.blocks[0]
-        if not block.kernels:
-            return 'there are no kernels for its blocks'
-        width, hidden = block.mlp_proj.weight.shape
-        return persistent.why_not(width, hidden, self.place.device)
+    def in_one_kernel(self, keys: Tensor) -> bool:
+        """Return whether one kernel does all for these keys (blocks, B, heads, S, d)."""
+        return (not self.why_apart and keys.shape[1] == 1
+                and keys.shape[3] <= self._weights.sizes.most_keys)
 
 
 class TimeConstants:

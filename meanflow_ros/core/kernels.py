@@ -118,8 +118,9 @@ if triton is not None:
         tl.store(out + place, total.to(out.dtype.element_ty), kept)
 
     @triton.jit
-    def _attend_own(qkv, straight, swapped, out, head, rows, heads, scale, EPSILON: tl.constexpr,
-                    M: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+    def _self_attention(qkv, straight, swapped, out, rows, heads, scale, EPSILON: tl.constexpr,
+                        M: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
+        head = tl.program_id(0)
         row, d = tl.arange(0, M), tl.arange(0, D)
         turned = (d + D // 2) % D
         kept = row[:, None] < rows
@@ -133,11 +134,11 @@ if triton is not None:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-        q = tl.load(qkv + d[None, :], kept, 0.0, cache_modifier='.cg')
-        p = tl.load(qkv + turned[None, :], kept, 0.0, cache_modifier='.cg')
-        k = tl.load(qkv + across + d[None, :], kept, 0.0, cache_modifier='.cg')
-        r = tl.load(qkv + across + turned[None, :], kept, 0.0, cache_modifier='.cg')
-        v = tl.load(qkv + 2 * across + d[None, :], kept, 0.0, cache_modifier='.cg')
+        q = tl.load(qkv + d[None, :], kept, 0.0)
+        p = tl.load(qkv + turned[None, :], kept, 0.0)
+        k = tl.load(qkv + across + d[None, :], kept, 0.0)
+        r = tl.load(qkv + across + turned[None, :], kept, 0.0)
+        v = tl.load(qkv + 2 * across + d[None, :], kept, 0.0)
         q = (_norm(q.to(tl.float32), D, EPSILON) * q_straight
              + _norm(p.to(tl.float32), D, EPSILON) * q_swapped)
         k = (_norm(k.to(tl.float32), D, EPSILON) * k_straight
@@ -150,58 +151,31 @@ if triton is not None:
                  result.to(out.dtype.element_ty), kept)
 
     @triton.jit
-    def _self_attention(qkv, straight, swapped, out, rows, heads, scale, EPSILON: tl.constexpr,
-                        M: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr):
-        _attend_own(qkv, straight, swapped, out, tl.program_id(0), rows, heads, scale, EPSILON, M,
-                    D, EARLY)
-
-    @triton.jit
-    def _context(keys, values, key_scale, bias, head, count, heads, key_head, key_row, value_head,
-                 value_row, EPSILON: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-                 S: tl.constexpr, D: tl.constexpr):
-        """Return keys and values (S, D) of a head, and what is added to its scores (S,)."""
-        d, s = tl.arange(0, D), tl.arange(0, S)
-        there = (s < count) & (head < heads)
-        k = tl.load(keys + head * key_head + s[:, None] * key_row + d[None, :], there[:, None],
-                    0.0)
-        v = tl.load(values + head * value_head + s[:, None] * value_row + d[None, :],
-                    there[:, None], 0.0)
-        if NORM:
-            factor = tl.load(key_scale + d).to(tl.float32)[None, :]
-            k = (_norm(k.to(tl.float32), D, EPSILON) * factor).to(v.dtype)
-        added = tl.zeros((S,), tl.float32)
-        if BIAS:
-            added = tl.load(bias + s, there, 0.0).to(tl.float32)
-        return k, v, added
-
-    @triton.jit
-    def _attend_context(queries, k, v, added, out, head, rows, count, heads, scale,
-                        EPSILON: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
-                        D: tl.constexpr):
-        row, d, s = tl.arange(0, M), tl.arange(0, D), tl.arange(0, S)
-        kept = row[:, None] < rows
-        place = row[:, None] * heads * D + head * D + d[None, :]
-        q = tl.load(queries + place, kept, 0.0, cache_modifier='.cg')
-        q = _norm(q.to(tl.float32), D, EPSILON)
-        scores = tl.dot(q.to(k.dtype), tl.trans(k)) * scale + added[None, :]
-        scores = tl.where(s[None, :] < count, scores, -1e30)
-        weights = tl.exp(scores - tl.max(scores, 1)[:, None])
-        result = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, 1)[:, None]
-        tl.store(out + place, result.to(out.dtype.element_ty), kept)
-
-    @triton.jit
     def _cross_attention(queries, keys, values, bias, out, rows, count, heads, scale, key_head,
                          key_row, value_head, value_row, EPSILON: tl.constexpr,
                          BIAS: tl.constexpr, M: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
                          EARLY: tl.constexpr):
         head = tl.program_id(0)
-        k, v, added = _context(keys, values, keys, bias, head, count, heads, key_head, key_row,
-                               value_head, value_row, EPSILON, False, BIAS, S, D)
+        row, d, s = tl.arange(0, M), tl.arange(0, D), tl.arange(0, S)
+        there = s < count
+        k = tl.load(keys + head * key_head + s[:, None] * key_row + d[None, :], there[:, None],
+                    0.0)
+        v = tl.load(values + head * value_head + s[:, None] * value_row + d[None, :],
+                    there[:, None], 0.0)
+        added = tl.zeros((S,), tl.float32)
+        if BIAS:
+            added = tl.load(bias + s, there, 0.0).to(tl.float32)
         if EARLY:   # keys, values and bias are older than the kernels that start early
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-        _attend_context(queries, k, v, added, out, head, rows, count, heads, scale, EPSILON, M, S,
-                        D)
+        kept = row[:, None] < rows
+        place = row[:, None] * heads * D + head * D + d[None, :]
+        q = _norm(tl.load(queries + place, kept, 0.0).to(tl.float32), D, EPSILON)
+        scores = tl.dot(q.to(k.dtype), tl.trans(k)) * scale + added[None, :]
+        scores = tl.where(there[None, :], scores, -1e30)
+        weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+        result = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, 1)[:, None]
+        tl.store(out + place, result.to(out.dtype.element_ty), kept)
 
     @triton.jit
     def _places(gather, s, inside, tokens, GATHER: tl.constexpr):
