@@ -96,6 +96,28 @@ def check_vision():
     found('sum of a product', kernels.linear_onto(x.clone(), y, torch.eye(48)), x + y)
 
 
+def check_pictures():
+    mean = torch.tensor([120.0, 110.0, 100.0])
+    for height, width, size in ((480, 640, 224), (96, 70, 64), (20, 30, 48), (64, 64, 64)):
+        pictures = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
+        pictures = pictures[:, :, :, [2, 0, 1]].contiguous()
+        expected = F.interpolate(pictures.movedim(-1, 1).float(), (size, size), mode='bilinear',
+                                 antialias=True, align_corners=False).movedim(1, -1) - mean
+        resize = kernels.Resize(height, width, size, torch.device('cpu'))
+        found(f'{width}x{height} to {size}', resize(pictures, mean, torch.float32), expected)
+    for grid, channels, side, stride, padding in (((21, 17), 3, 7, 4, 3), ((8, 6), 48, 3, 2, 1),
+                                                  ((7, 7), 1024, 3, 2, 1), ((9, 9), 4, 2, 2, 0)):
+        x = torch.randn(2, grid[0] * grid[1], channels)
+        weight = torch.randn(5, channels, side, side)
+        flat = weight.permute(0, 2, 3, 1).flatten(1)
+        flat = F.pad(flat, (0, -flat.shape[1] % 8))
+        expected = F.conv2d(x.unflatten(1, grid).permute(0, 3, 1, 2), weight, None, stride,
+                            padding)
+        taken = kernels.patches(x, grid, side, stride, padding, flat.shape[1])
+        found(f'convolution of {side} with stride {stride} of {channels}', taken @ flat.t(),
+              expected.permute(0, 2, 3, 1).flatten(1, 2))
+
+
 def check_policy():
     kernels.why_not = lambda *_: ''
     micro = micro_policy.make_policy()
@@ -116,6 +138,6 @@ def check_policy():
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    for check in (check_products, check_attention, check_vision, check_policy):
+    for check in (check_products, check_attention, check_vision, check_pictures, check_policy):
         check()
     json.dump(FOUND, sys.stdout)

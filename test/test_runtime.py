@@ -366,7 +366,8 @@ def test_what_is_captured_computes_the_chunk_on_buffers_that_never_move(given, c
         addresses = [buffer.data_ptr() for buffer in act._device]
         for request in (*requests, requests[0]):
             act.load_pictures(request)
-            act.load_rest(request)
+            act.load_numbers(request)
+            act.load_prompt(request)
             for stage in act.stages:
                 stage()
             assert np.abs(act.result() - fast._eager(request)).max() < 1e-6

@@ -1,9 +1,9 @@
 """CUDA graphs of a FusedNetwork, from pictures in host memory to actions in host memory.
 
 A graph is fixed to addresses and to a GraphShape; an inference is three graphs. They are captured
-on a thread of their own while chunks go on being computed eagerly. Three streams keep the two
-apart: a stream has a workspace of cuBLAS of its own, and what a graph was captured with may be
-used by nothing that runs beside it.
+on a thread of their own while chunks go on being computed eagerly. Streams keep the two apart: a
+stream has a workspace of cuBLAS of its own, and what a graph was captured with may be used by
+nothing that runs beside it.
 """
 
 from __future__ import annotations
@@ -100,13 +100,15 @@ def _numbers(request: Request) -> list[Tensor]:
 class StaticAct:
     """One inference on buffers that never move, of batch 1: what graphs are captured from.
 
-    It is done in `stages`, so that the first can begin to run while the others are started: to
-    start a graph takes the host time for each of its kernels. Where host memory can be pinned the
+    It is done in `stages`, so that the first can begin to run while the host does what the others
+    need. beside: a stream on which what modulates the network is found during vision, which leaves
+    much of a GPU idle. Where host memory can be pinned the
     copies to and from the device are part of them; elsewhere (a CPU, or a device that shares the
     host's memory) they are made before and after.
     """
 
     def __init__(self, network: FusedNetwork, request: Request, *, pinned: bool):
+        self.beside: torch.cuda.Stream | None = None
         device, dtype = network.place.device, network.place.dtype
         self._network, self._pinned = network, pinned
         self._schedule, self._steps = request.schedule, request.steps
@@ -133,15 +135,18 @@ class StaticAct:
         if not self._pinned:
             self._upload(self._host, self._device)
 
-    def load_rest(self, request: Request) -> None:
-        """Put what the last stage takes into the buffers."""
+    def load_numbers(self, request: Request) -> None:
+        """Put what the second stage takes into the buffers."""
         torch.cat([part.flatten() for part in _numbers(request)], out=self._host_numbers)
+        if not self._pinned:
+            self._upload([self._host_numbers], [self._numbers])
+
+    def load_prompt(self, request: Request) -> None:
+        """Put what the last stage takes into the buffers."""
         if request.prompt is not self._prompt:
             self._embedded.copy_(request.prompt.embedded)
             self._bias.copy_(request.prompt.bias)
             self._prompt = request.prompt
-        if not self._pinned:
-            self._upload([self._host_numbers], [self._numbers])
 
     def _prepare(self) -> None:
         if self._pinned:
@@ -149,16 +154,23 @@ class StaticAct:
         self._pixels = self._network.prepare(self._device)
 
     def _see(self) -> None:
+        if self.beside:
+            self.beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.beside):
+            if self._pinned:
+                self._upload([self._host_numbers], [self._numbers])
+            self._modulations = self._network.modulate(
+                self._schedule, self._state if self._state.numel() else None)
         self._visual = self._network.see(self._pixels)
+        if self.beside:
+            torch.cuda.current_stream().wait_stream(self.beside)
 
     def _decide(self) -> None:
-        if self._pinned:
-            self._upload([self._host_numbers], [self._numbers])
         known = (self._known[0], self._known[1] > 0) if self._known else None
         context = self._network.read(self._visual, self._embedded, self._bias)
         self._actions.copy_(self._network.decide(
-            context, self._bias, self._state if self._state.numel() else None, self._noise,
-            self._schedule, self._steps, known))
+            context, self._bias, self._modulations, self._noise, self._schedule, self._steps,
+            known))
         if self._pinned:
             self._result.copy_(self._actions, non_blocking=True)
 
@@ -186,32 +198,35 @@ class CudaGraphs:
         # Memory that a chip shares with the host is slow to read where it is pinned.
         self._pinned = not getattr(torch.cuda.get_device_properties(device), 'is_integrated', 0)
         self._pool = torch.cuda.graph_pool_handle()
-        self._warm, self._stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        with torch.cuda.stream(self._stream):   # its workspace is not to lie in a graph's memory
-            one = torch.ones(64, 64, device=device, dtype=network.place.dtype)
-            torch.addmm(one[0], one, one)
-        self._stream.synchronize()
+        self._warm, self._stream, self._beside = (torch.cuda.Stream(device) for _ in range(3))
+        for stream in (self._stream, self._beside):   # whose workspace is not to lie in a graph's
+            with torch.cuda.stream(stream):
+                one = torch.ones(64, 64, device=device, dtype=network.place.dtype)
+                torch.addmm(one[0], one, one)
+            stream.synchronize()
 
     @torch.inference_mode()
     def capture(self, request: Request) -> Callable[[Request], np.ndarray]:
         """Return what computes requests of this one's shape; RuntimeError says why it cannot."""
         with torch.cuda.stream(self._warm):
             act = StaticAct(self._network, request, pinned=self._pinned)
-            act.load_pictures(request)
-            act.load_rest(request)
+            for load in (act.load_pictures, act.load_numbers, act.load_prompt):
+                load(request)
             for _ in range(WARM_UP_RUNS):
                 for stage in act.stages:
                     stage()
             self._warm.synchronize()
             expected = act.result()
-        first, *others = map(self._captured, act.stages)
+        act.beside = self._beside
+        prepare, see, decide = map(self._captured, act.stages)
 
         def replay(request: Request) -> np.ndarray:
             act.load_pictures(request)
-            first.replay()
-            act.load_rest(request)
-            for graph in others:
-                graph.replay()
+            prepare.replay()
+            act.load_numbers(request)
+            see.replay()
+            act.load_prompt(request)
+            decide.replay()
             torch.cuda.current_stream().synchronize()
             return act.result()
 

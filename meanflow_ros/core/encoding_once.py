@@ -116,9 +116,10 @@ class EncodingOnce:
         state = torch.from_numpy(policy.states(seen)).to(policy.device)
         noise = torch.cat([policy.noise(question.observation.stamp_ns, question.seed)
                            for question in questions])
-        actions = policy.fused.sample(
-            keys, values, bias, state if state.numel() else None, noise.to(policy.device),
-            self._schedule(steps), steps).double().cpu().numpy()
+        schedule = self._schedule(steps)
+        modulations = policy.fused.modulate(schedule, state if state.numel() else None)
+        actions = policy.fused.sample(keys, values, bias, modulations, noise.to(policy.device),
+                                      schedule, steps).double().cpu().numpy()
         return [policy.chunk(row, observation) for row, observation in zip(actions, seen)]
 
     def _embedded(self, instructions: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:

@@ -1,20 +1,22 @@
-"""A PolicyNetwork with all that is constant computed once, in three parts that run in order.
+"""A PolicyNetwork with all that is constant computed once, in parts that run in order.
 
     see: pictures of all cameras -> visual tokens      read: these and the prompt -> context
-    decide: context, state and noise -> actions
+    modulate: state -> what the network is told of it and of the times, beside the other two
+    decide: context, that and noise -> actions
 
 The constants are of one action space, horizon and number of cameras: those of a policy.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meanflow_ros.core import meanflow
+from meanflow_ros.core import kernels, meanflow
 from meanflow_ros.core.fused_dit import FusedDiT, Schedule
 from meanflow_ros.core.fused_encoder import FusedText, FusedVision, Placement, PromptEmbedding
 from meanflow_ros.core.policy import Policy
@@ -38,6 +40,8 @@ class FusedNetwork(nn.Module):
             encoder, len(robot.cameras) * self.see.tokens, place)
         self.sampler = meanflow.SAMPLERS[policy.config.sampler]
         self.place = place
+        self.kernels, self._resize = place.kernels, functools.cache(
+            lambda *size: kernels.Resize(*size, self.image_size, place.device))
 
     def schedule(self, steps: int) -> Schedule:
         """Return the constants of `steps` network evaluations; ValueError below 1."""
@@ -48,15 +52,24 @@ class FusedNetwork(nn.Module):
         size = (self.image_size, self.image_size)
         resized = []
         for group in pictures:
+            if self.kernels:
+                small = self._resize(*group.shape[2:4])(group.flatten(0, 1), self.mean,
+                                                        self.place.dtype)
+                resized.append(small.unflatten(0, group.shape[:2]))
+                continue
             pixels = group.flatten(0, 1).movedim(-1, 1).float()    # a channels-last view
             if pixels.shape[-2:] != size:
                 pixels = F.interpolate(pixels, size, mode='bilinear', antialias=True,
                                        align_corners=False)
-            resized.append(pixels.movedim(1, -1).unflatten(0, group.shape[:2]))
-        together = resized[0] if len(resized) == 1 else torch.cat(resized, dim=1)
-        return (together - self.mean).to(self.place.dtype)
+            pixels = (pixels.movedim(1, -1) - self.mean).to(self.place.dtype)
+            resized.append(pixels.unflatten(0, group.shape[:2]))
+        return resized[0] if len(resized) == 1 else torch.cat(resized, dim=1)
 
-    def decide(self, context: Tensor, bias: Tensor | None, state: Tensor | None, noise: Tensor,
+    def modulate(self, schedule: Schedule, state: Tensor | None) -> Tensor:
+        """Return the modulations that a sampler takes for normalised states (B, P)."""
+        return self.dit.modulations(schedule, state)
+
+    def decide(self, context: Tensor, bias: Tensor | None, modulations: Tensor, noise: Tensor,
                schedule: Schedule, steps: int,
                known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return actions (B, T, A) in [-1, 1] from noise (B, T, A).
@@ -64,13 +77,13 @@ class FusedNetwork(nn.Module):
         known: x (B, T, A) and which of its steps are given (B, T), see `meanflow.with_prefix`.
         """
         keys, values = self.dit.keys_and_values(context)
-        return self.sample(keys, values, bias, state, noise, schedule, steps, known)
+        return self.sample(keys, values, bias, modulations, noise, schedule, steps, known)
 
-    def sample(self, keys: Tensor, values: Tensor, bias: Tensor | None, state: Tensor | None,
+    def sample(self, keys: Tensor, values: Tensor, bias: Tensor | None, modulations: Tensor,
                noise: Tensor, schedule: Schedule, steps: int,
                known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Do as `decide`, from the keys and values of a context."""
-        *modulations, clean = self.dit.modulations(schedule, state)
+        *modulations, clean = modulations
         keys, values = self.dit.laid_out(keys, values)
         given = (known[1], clean) if known else None
         constants = iter(zip(modulations, schedule.offsets))
@@ -88,7 +101,8 @@ class FusedNetwork(nn.Module):
                 known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return actions (B, T, A) in [-1, 1]."""
         context = self.read(self.see(self.prepare(pictures)), prompt, bias)
-        return self.decide(context, bias, state, noise, schedule, steps, known)
+        return self.decide(context, bias, self.modulate(schedule, state), noise, schedule, steps,
+                           known)
 
 
 def times_of(sampler: Callable[..., Tensor], steps: int) -> list[tuple[float, float]]:

@@ -262,6 +262,12 @@ class PatchEmbedding(nn.Module):
         self.eps = source.norm.eps
         self.register_buffer('norm_scale', place.kept(source.norm.weight))
         self.register_buffer('norm_shift', place.kept(source.norm.bias))
+        self.kernels = place.kernels and all(
+            len(set(sizes)) == 1 for sizes in (conv.kernel_size, conv.stride, conv.padding))
+        if self.kernels:
+            flat = self.weight.permute(0, 2, 3, 1).flatten(1)      # a view, unless it is filled up
+            short = -flat.shape[1] % 8
+            self.register_buffer('flat', F.pad(flat, (0, short)) if short else flat)
 
     @property
     def out_grid(self) -> tuple[int, int]:
@@ -274,9 +280,14 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                        # (N, H W, C) -> (N, h w, D)
         x = self._norm(x) if self.before else x
-        out = F.conv2d(x.unflatten(1, self.grid).permute(0, 3, 1, 2), self.weight, self.bias,
-                       self.stride, self.padding)
-        out = out.permute(0, 2, 3, 1).flatten(1, 2)
+        if self.kernels:
+            out = F.linear(kernels.patches(x, self.grid, self.weight.shape[2], self.stride[0],
+                                           self.padding[0], self.flat.shape[1]),
+                           self.flat, self.bias)
+        else:
+            out = F.conv2d(x.unflatten(1, self.grid).permute(0, 3, 1, 2), self.weight, self.bias,
+                           self.stride, self.padding)
+            out = out.permute(0, 2, 3, 1).flatten(1, 2)
         return out if self.before else self._norm(out)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -176,6 +177,43 @@ if triton is not None:
         weights = tl.exp(scores - tl.max(scores, 1)[:, None])
         result = tl.dot(weights.to(v.dtype), v) / tl.sum(weights, 1)[:, None]
         tl.store(out + place, result.to(out.dtype.element_ty), kept)
+
+    @triton.jit
+    def _resize(pictures, out, rows, row_weights, columns, column_weights, mean, height, width,
+                size, TALL: tl.constexpr, WIDE: tl.constexpr, X: tl.constexpr):
+        picture, y = tl.program_id(0) // size, tl.program_id(0) % size
+        x, colour = tl.program_id(1) * X + tl.arange(0, X), tl.arange(0, 4)
+        kept, real = x < size, colour[None, :] < 3
+        first = tl.load(columns + x, kept, 0)
+        base = (picture * height + tl.load(rows + y)) * width
+        total = tl.zeros((X, 4), tl.float32)
+        for i in range(TALL):
+            line = tl.zeros((X, 4), tl.float32)
+            for j in range(WIDE):
+                at = (base + i * width + first + j)[:, None] * 3 + colour[None, :]
+                inside = (kept & (first + j < width))[:, None] & real
+                line += (tl.load(pictures + at, inside, 0).to(tl.float32)
+                         * tl.load(column_weights + x * WIDE + j, kept, 0.0)[:, None])
+            total += line * tl.load(row_weights + y * TALL + i)
+        total -= tl.load(mean + colour, colour < 3, 0.0)[None, :]
+        place = (tl.program_id(0) * size + x)[:, None] * 3 + colour[None, :]
+        tl.store(out + place, total.to(out.dtype.element_ty), kept[:, None] & real)
+
+    @triton.jit
+    def _patches(x, out, tokens, height, width, channels, out_height, out_width, side, stride,
+                 padding, depth, T: tl.constexpr, E: tl.constexpr):
+        token, line, e = tl.program_id(0) * T + tl.arange(0, T), tl.program_id(1), tl.arange(0, E)
+        kept, run = token < tokens, side * channels
+        row = token // out_width % out_height * stride + line - padding
+        first = token % out_width * stride - padding
+        column = first[:, None] + e[None, :] // channels
+        inside = ((kept & (row >= 0) & (row < height))[:, None] & (column >= 0)
+                  & (column < width) & (e[None, :] < run))
+        source = (token // (out_width * out_height) * height + row) * width + first
+        value = tl.load(x + source[:, None] * channels + e[None, :], inside, 0.0)
+        length = tl.where(line == side - 1, depth - line * run, run)   # zeros after the last
+        tl.store(out + token[:, None] * depth + line * run + e[None, :], value,
+                 kept[:, None] & (e[None, :] < length))
 
     @triton.jit
     def _places(gather, s, inside, tokens, GATHER: tl.constexpr):
@@ -365,6 +403,60 @@ def cross_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor 
     return out
 
 
+class Resize:
+    """Resize pictures of one size to squares, as `F.interpolate(antialias=True)` does.
+
+    What each row and column is made of is what that does to a picture of one bright line.
+    """
+
+    def __init__(self, height: int, width: int, size: int, device: torch.device):
+        self._size = size
+        self._rows = self._made_of(height, size, device)
+        self._columns = self._made_of(width, size, device)
+
+    @staticmethod
+    def _made_of(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the first pixel of each of `size`, and the weights from there on."""
+        shares = F.interpolate(torch.eye(length)[None, None], (size, length), mode='bilinear',
+                               antialias=True, align_corners=False)[0, 0]
+        used = shares > 0
+        first = used.int().argmax(1)
+        taps = int((used.int().cumsum(1).argmax(1) + 1 - first).max())
+        at = (first[:, None] + torch.arange(taps)).clamp(max=length - 1)
+        weights = shares.gather(1, at) * (first[:, None] + torch.arange(taps) < length)
+        return first.to(device, torch.int32), weights.to(device)
+
+    def __call__(self, pictures: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return (N, S, S, 3) less the mean (3,), from pictures (N, H, W, 3) uint8."""
+        count, height, width = pictures.shape[:3]
+        out = torch.empty(count, self._size, self._size, 3, dtype=dtype, device=pictures.device)
+        (rows, row_weights), (columns, column_weights) = self._rows, self._columns
+        across = min(64, _power(self._size))
+        _resize[(count * self._size, triton.cdiv(self._size, across))](
+            pictures, out, rows, row_weights, columns, column_weights, mean, height, width,
+            self._size, TALL=row_weights.shape[1], WIDE=column_weights.shape[1], X=across,
+            num_warps=2)
+        return out
+
+
+def patches(x: Tensor, grid: tuple[int, int], side: int, stride: int, padding: int,
+            depth: int) -> Tensor:
+    """Return what a convolution multiplies, (N, h w, depth), of x (N, H W, C).
+
+    The numbers are in the order (row, column, channel) of a patch; zeros up to the depth.
+    """
+    count, (height, width), channels = len(x), grid, x.shape[-1]
+    out_height, out_width = ((size + 2 * padding - side) // stride + 1 for size in grid)
+    tokens = count * out_height * out_width
+    out = torch.empty(count, out_height * out_width, depth, dtype=x.dtype, device=x.device)
+    block = _power(depth - (side - 1) * side * channels)
+    together = max(1, 2048 // block)
+    _patches[(triton.cdiv(tokens, together), side)](
+        x, out, tokens, height, width, channels, out_height, out_width, side, stride, padding,
+        depth, T=together, E=block, num_warps=4)
+    return out
+
+
 def _attend(qkv: Tensor, padding: Tensor, gather: Tensor, bias: Tensor, heads: int, inside: int,
             **flags: bool) -> Tensor:
     pictures, tokens, channels = qkv.shape
@@ -372,7 +464,7 @@ def _attend(qkv: Tensor, padding: Tensor, gather: Tensor, bias: Tensor, heads: i
     windows = len(gather) // inside if flags['GATHER'] else 1
     width = channels // 3 // heads
     first = max(16, 1 << inside.bit_length() - 1)
-    block = min(64, _power(inside))
+    block = min(64 if flags['GATHER'] else 16, _power(inside))
     _attention[(pictures * windows, heads, triton.cdiv(inside, block))](
         qkv, padding, gather, bias, out, tokens, windows, inside, heads, width ** -0.5,
         Q=block, S=first, REST=_power(inside - first) if inside > first else 0, D=width,

@@ -44,8 +44,9 @@ def stage_times(policy: FastPolicy, observation: Observation, *, steps: int, run
         kept['context'] = network.read(kept['visual'], prompt.embedded, prompt.bias)
 
     def dit() -> None:
-        kept['actions'] = network.decide(kept['context'], prompt.bias, state, noise,
-                                         request.schedule, steps)
+        kept['actions'] = network.decide(
+            kept['context'], prompt.bias, network.modulate(request.schedule, state), noise,
+            request.schedule, steps)
 
     def download() -> None:
         result.copy_(kept['actions'], non_blocking=True)
