@@ -34,7 +34,8 @@ def constants(sizes):
 @pytest.fixture
 def hopper(monkeypatch):
     """Pretend to have a GPU on which the kernel can be expected to run."""
-    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132,
+                                 shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda _: properties)
     monkeypatch.setattr(persistent, 'driver', object())
     return properties
@@ -63,7 +64,7 @@ def test_a_hopper_gpu_runs_the_large_network_as_one_kernel(hopper):
     assert persistent.why_not(LARGE, CUDA) == ''
 
 
-def test_keys_are_limited_to_whole_groups_of_those_that_there_is_room_for():
+def test_there_is_room_for_as_many_numbers_of_keys_however_wide_a_head_is():
     assert LARGE.most_keys == 512
     assert dataclasses.replace(LARGE, heads=8).most_keys == 256
 
@@ -77,7 +78,9 @@ def test_sizes_that_the_kernel_does_not_take_are_told(hopper, change, why):
     assert why in persistent.why_not(dataclasses.replace(LARGE, **change), CUDA)
 
 
-def test_an_older_gpu_and_missing_bindings_are_told(hopper, monkeypatch):
+def test_a_smaller_or_older_gpu_and_missing_bindings_are_told(hopper, monkeypatch):
+    hopper.shared_memory_per_block_optin = 101376
+    assert 'shared memory, there are 101376' in persistent.why_not(LARGE, CUDA)
     hopper.major = 8
     assert 'compute capability 9' in persistent.why_not(LARGE, CUDA)
     assert 'is for CUDA' in persistent.why_not(LARGE, torch.device('cpu'))
@@ -86,28 +89,28 @@ def test_an_older_gpu_and_missing_bindings_are_told(hopper, monkeypatch):
 
 
 def test_keys_and_values_are_laid_out_with_nothing_but_zeros_between_them():
-    keys, values = torch.randn(2, 1, 3, 41, 64), torch.randn(2, 1, 3, 41, 64)
+    keys, values = torch.randn(2, 1, 3, 64, 64), torch.randn(2, 1, 3, 64, 64)
     laid_keys, laid_values = persistent.laid_out(keys, values)
     assert laid_keys.shape == (2, 1, 3, 64, 96)
     assert laid_values.shape == (2, 1, 3, 64, 72)
-    assert torch.equal(laid_keys[..., :41, :64], keys)
-    assert torch.equal(laid_values[..., :41], values.transpose(-1, -2))
+    assert torch.equal(laid_keys[..., :64], keys)
+    assert torch.equal(laid_values[..., :64], values.transpose(-1, -2))
     assert laid_keys.count_nonzero() == keys.count_nonzero()
     assert laid_values.count_nonzero() == values.count_nonzero()
 
 
 def networks(config, horizon):
-    """Return a network in float32 by PyTorch, and in bfloat16 as one kernel."""
+    """Return a network in float32 by PyTorch, in bfloat16 by PyTorch, and as one kernel."""
     with CUDA:
         torch.manual_seed(0)
         dit = ActionDiT(config, 96).eval()
         for value in dit.state_dict().values():
             if value.is_floating_point() and not value.any():
                 value.normal_(0, 0.1)
-    exact = FusedDiT(dit, 'a', horizon, Placement(CUDA, torch.float32))
-    fast = FusedDiT(dit, 'a', horizon, Placement(CUDA, torch.bfloat16, kernels=True))
-    assert fast.why_apart == ''
-    return exact, fast
+    made = [FusedDiT(dit, 'a', horizon, Placement(CUDA, dtype, kernels=kernels)) for dtype, kernels
+            in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))]
+    assert made[2].why_apart == ''
+    return made
 
 
 def conditioned(network, context, state, bias, given):
@@ -124,15 +127,15 @@ def conditioned(network, context, state, bias, given):
 
 @on_a_gpu
 @pytest.mark.parametrize('width, heads, depth, horizon, actions, states, count, padded, given', [
-    (1024, 16, 3, 10, 7, 7, 128, 15, 0), (1024, 16, 2, 10, 7, 7, 100, 0, 3),
+    (1024, 16, 3, 10, 7, 7, 128, 15, 0), (1024, 16, 2, 10, 7, 7, 96, 0, 3),
     (1024, 8, 2, 14, 16, 0, 256, 5, 14), (512, 8, 2, 1, 1, 2, 192, 0, 0),
     (768, 12, 2, 8, 8, 3, 512, 100, 1)])
-def test_one_kernel_gives_what_pytorch_gives(width, heads, depth, horizon, actions, states, count,
-                                             padded, given):
+def test_one_kernel_is_as_near_to_float32_as_pytorch_in_bfloat16_is(
+        width, heads, depth, horizon, actions, states, count, padded, given):
     config = DiTConfig(width=width, heads=heads, depth=depth, adaln_rank=32,
                        action_spaces={'a': actions}, state_sizes={'a': states} if states else {})
     with torch.inference_mode():
-        exact, fast = networks(config, horizon)
+        made = networks(config, horizon)
         z = torch.randn(1, horizon, actions, device=CUDA)
         context = torch.randn(1, count, 96, device=CUDA)
         state = torch.rand(1, states, device=CUDA) if states else None
@@ -140,11 +143,9 @@ def test_one_kernel_gives_what_pytorch_gives(width, heads, depth, horizon, actio
         if padded:
             bias[..., -padded:] = -torch.inf
         steps = torch.arange(horizon, device=CUDA)[None] < given if given else None
-        run = conditioned(fast, context, state, bias, steps)
-        ours, expected = run(z), conditioned(exact, context, state, bias, steps)(z)
-        kept = slice(given, None) if given < horizon else slice(None)
-        off = (ours - expected)[:, kept].abs().max() / expected.abs().max()
-        assert off < 0.05
+        *_, run = runs = [conditioned(network, context, state, bias, steps) for network in made]
+        exact, rounded, ours = (of(z) for of in runs)
+        assert (ours - exact).norm() < 1.3 * (rounded - exact).norm()
         for _ in range(50):
             assert torch.equal(run(z), ours)
 
@@ -152,7 +153,7 @@ def test_one_kernel_gives_what_pytorch_gives(width, heads, depth, horizon, actio
 @on_a_gpu
 def test_a_captured_kernel_gives_the_same_bits_again():
     with torch.inference_mode():
-        _, fast = networks(dataclasses.replace(dit_preset('large', {'a': 7}, {}), depth=3), 10)
+        *_, fast = networks(dataclasses.replace(dit_preset('large', {'a': 7}, {}), depth=3), 10)
         z, context = torch.randn(1, 10, 7, device=CUDA), torch.randn(1, 64, 96, device=CUDA)
         run = conditioned(fast, context, None, None, None)
         expected, graph = run(z), torch.cuda.CUDAGraph()

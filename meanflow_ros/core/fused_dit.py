@@ -270,7 +270,7 @@ class FusedDiT(nn.Module):
 
     def in_one_kernel(self, keys: Tensor) -> bool:
         """Return whether one kernel does all for these keys (blocks, B, heads, S, d)."""
-        return (not self.why_apart and keys.shape[1] == 1
+        return (not self.why_apart and keys.shape[1] == 1 and keys.shape[3] % 32 == 0
                 and keys.shape[3] <= self._weights.sizes.most_keys)
 
 

@@ -25,11 +25,12 @@ except ImportError:   # PyTorch for CPUs comes without
     driver = nvrtc = None
 
 SOURCE = Path(__file__).with_name('velocity.cu')
-WARPS = 8                # that compute, of a program
-OLDEST = (9, 0)          # compute capability: the bulk copies of Hopper
-MOST_ROWS = 14           # the tensor cores take 16; two are those of shifts
-CONTEXT_NUMBERS = 2**15  # of keys that a program keeps near
-NOTHING = -1             # as int32: what no result is
+WARPS = 8                   # that compute, of a program
+OLDEST = (9, 0)             # compute capability: the bulk copies of Hopper
+LEAST_MEMORY = 200 * 1024   # bytes, shared: for weights that come while others are used
+MOST_ROWS = 14              # the tensor cores take 16; two are those of shifts
+CONTEXT_NUMBERS = 2**15     # of keys that a program keeps near
+NOTHING = -1                # as int32: what no result is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Sizes:
 
     @property
     def most_keys(self) -> int:
-        """Return how many keys there is room for, a multiple of 32."""
+        """Return how many keys there is room for."""
         return CONTEXT_NUMBERS // self.head
 
     @property
@@ -130,6 +131,9 @@ def why_not(sizes: Sizes, device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < OLDEST:
         return f'one kernel for the whole action network needs compute capability {OLDEST[0]}'
+    if properties.shared_memory_per_block_optin < LEAST_MEMORY:
+        return (f'one kernel for the whole action network needs {LEAST_MEMORY} bytes of shared '
+                f'memory, there are {properties.shared_memory_per_block_optin}')
     programs = sizes.programs
     if programs > properties.multi_processor_count:
         return (f'an action network of width {sizes.width} as one kernel needs {programs} '
@@ -145,11 +149,10 @@ def why_not(sizes: Sizes, device: torch.device) -> str:
 def laid_out(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values (blocks, 1, heads, S, d) as the kernel fetches them.
 
-    Keys: (blocks, 1, heads, S, d + 32), so that rows begin in other banks of memory; values:
-    (blocks, 1, heads, d, S + 8). S is a multiple of 32, and what is added is 0.
+    Keys: (blocks, 1, heads, S, d + 32), values: (blocks, 1, heads, d, S + 8), so that rows begin
+    in other banks of memory.
     """
-    more = -keys.shape[3] % 32
-    return (F.pad(keys, (0, 32, 0, more)), F.pad(values.transpose(-1, -2), (0, more + 8)))
+    return F.pad(keys, (0, 32)), F.pad(values.transpose(-1, -2), (0, 8))
 
 
 def velocity(z: Tensor, weights: Weights, modulation: Tensor, offset: Tensor, keys: Tensor,
@@ -158,22 +161,21 @@ def velocity(z: Tensor, weights: Weights, modulation: Tensor, offset: Tensor, ke
     """Return the velocity (1, T, A) at z (1, T, A) float32.
 
     modulation: (blocks, 6, 1, 1, D), the last dimension contiguous. offset: (F,), the bias of the
-    decoder's first layer. keys, values: see `laid_out`. bias: a number for each key, added to its
-    scores. given: which steps are (1, T) bool, and their modulation. RuntimeError if the GPU does
-    not take the kernel.
+    decoder's first layer. keys, values: see `laid_out`; their number is a multiple of 32. bias: a
+    number for each key, added to its scores. given: which steps are (1, T) bool, and their
+    modulation. RuntimeError if the GPU does not take the kernel.
     """
     sizes = weights.sizes
     z, out = z.contiguous(), torch.empty_like(z)
     exchange = torch.full((sizes.exchange // 4,), NOTHING, dtype=torch.int32, device=z.device)
     which, clean = given or (None, modulation)
-    count = keys.shape[3] if bias is None else bias.numel()
     arguments = _Arguments(
         z.data_ptr(), out.data_ptr(), exchange.data_ptr(),
         *(getattr(weights, name).data_ptr() for name in _BEFORE), offset.data_ptr(),
         *(getattr(weights, name).data_ptr() for name in _AFTER),
         modulation.data_ptr(), clean.data_ptr(), 0 if which is None else which.data_ptr(),
         *modulation.stride()[:2], keys.data_ptr(), values.data_ptr(),
-        0 if bias is None else bias.data_ptr(), count, keys.shape[3])
+        0 if bias is None else bias.data_ptr(), keys.shape[3])
     _launch(*_compiled(sizes, z.device.index), sizes.programs, arguments)
     return out
 
@@ -188,7 +190,7 @@ class _Arguments(ctypes.Structure):
                     'clean', 'given')),
                 ('modulation_block', ctypes.c_longlong), ('modulation_kind', ctypes.c_longlong),
                 *((name, ctypes.c_void_p) for name in ('keys', 'values', 'bias')),
-                ('count', ctypes.c_int), ('padded', ctypes.c_int)]
+                ('count', ctypes.c_int)]
 
 
 def _checked(result: tuple):

@@ -75,9 +75,9 @@ struct Arguments {
     const bf16 *modulation, *clean;        // of all steps, or of those that are not given and are
     const unsigned char* given;            // (ROWS) or null
     long long modulation_block, modulation_kind;
-    const bf16 *keys, *values;   // (BLOCKS, HEADS, padded, KEY_PITCH), (.., HEAD, padded + 8)
+    const bf16 *keys, *values;   // (BLOCKS, HEADS, count, KEY_PITCH), (.., HEAD, count + 8)
     const bf16* bias;            // (count) or null
-    int count, padded;           // keys; to a multiple of 32
+    int count;                   // of keys, a multiple of 32
 };
 
 // --- what the machine has --------------------------------------------------------------------
@@ -213,14 +213,14 @@ struct Shared {
 
 __device__ __forceinline__ u32 after_shared() { return (sizeof(Shared) + 127) / 128 * 128; }
 
-__device__ __forceinline__ u32 context_bytes(int padded) {
-    return (padded * KEY_PITCH * 2 + 8 * (padded + 8) * 2 + 127) / 128 * 128;
+__device__ __forceinline__ u32 context_bytes(int count) {
+    return (count * KEY_PITCH * 2 + 8 * (count + 8) * 2 + 127) / 128 * 128;
 }
 
 struct Side {   // one side of what is shared: where it is in the network, and in the ring
     const Arguments& of;
     Shared& shared;
-    bf16 *keys, *values;   // (padded, KEY_PITCH), (8, padded + 8)
+    bf16 *keys, *values;   // (count, KEY_PITCH), (8, count + 8)
     char* ring;
     const int program;
     int slots, slot = 0, layer = ENCODE, block = 0;
@@ -229,10 +229,10 @@ struct Side {   // one side of what is shared: where it is in the network, and i
     __device__ Side(const Arguments& of, char* memory)
         : of(of), shared(*reinterpret_cast<Shared*>(memory)),
           keys(reinterpret_cast<bf16*>(memory + after_shared())),
-          values(keys + of.padded * KEY_PITCH),
-          ring(memory + after_shared() + context_bytes(of.padded)), program(blockIdx.x),
+          values(keys + of.count * KEY_PITCH),
+          ring(memory + after_shared() + context_bytes(of.count)), program(blockIdx.x),
           slots(min(MOST_SLOTS,
-                    (int)(MEMORY - after_shared() - context_bytes(of.padded)) / SLOT)) {}
+                    (int)(MEMORY - after_shared() - context_bytes(of.count)) / SLOT)) {}
 
     __device__ void next_slot() {
         if (++slot == slots) slot = 0, round ^= 1;
@@ -288,7 +288,7 @@ struct Fetcher : Side {
         const u32 table = ROWS * 2 * HEAD;
         part(TABLES, shared.tables[0], of.straight + block * table, table * 2, shared.tables[1],
              of.swapped + block * table, table * 2);
-        const u32 keys_of = of.padded * KEY_PITCH, values_of = 8 * (of.padded + 8);
+        const u32 keys_of = of.count * KEY_PITCH, values_of = 8 * (of.count + 8);
         part(CONTEXT, keys, of.keys + (size_t)(block * HEADS + program / (HEAD / 8)) * keys_of,
              keys_of * 2, values, of.values + (size_t)(block * PROGRAMS + program) * values_of,
              values_of * 2);
@@ -665,7 +665,7 @@ struct Program : Side {
 
     // Attention of this program's columns of a head to the context: 32 keys a warp.
     __device__ void cross_attention(const bf16* queries, bf16* out) {
-        const int head = program / (HEAD / 8), warps = min(WARPS, of.padded / 32);
+        const int head = program / (HEAD / 8), warps = min(WARPS, of.count / 32);
         if (warp < warps) {
             const bf16* p = queries + row * WIDTH + head * HEAD + t * 8;
             const float* q = reinterpret_cast<const float*>(queries + STREAM + HINTS)
@@ -677,8 +677,7 @@ struct Program : Side {
                 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
                     const int key = begin + j / 2 * 8 + 2 * t + j % 2;
-                    added[j / 2][j % 2] = key >= of.count ? -1e30f
-                                          : of.bias ? early(of.bias + key) : 0.f;
+                    added[j / 2][j % 2] = of.bias ? early(of.bias + key) : 0.f;
                 }
             };
             ask_added(warp * 32);
@@ -712,7 +711,7 @@ struct Program : Side {
             }
             float o[4] = {0.f, 0.f, 0.f, 0.f}, largest[2] = {-1e30f, -1e30f}, total[2] = {0.f, 0.f};
             #pragma unroll 1
-            for (int begin = warp * 32; begin < of.padded; begin += WARPS * 32) {
+            for (int begin = warp * 32; begin < of.count; begin += WARPS * 32) {
                 float c[4][4] = {};
                 if (begin >= WARPS * 32) ask_added(begin);
                 #pragma unroll
@@ -744,7 +743,7 @@ struct Program : Side {
                 }
                 #pragma unroll
                 for (int j = 0; j < 4; j += 2) {
-                    const bf16* v = values + row * (of.padded + 8) + begin + j * 8 + 2 * t;
+                    const bf16* v = values + row * (of.count + 8) + begin + j * 8 + 2 * t;
                     multiply(o, pair(c[j][0], c[j][1]), pair(c[j][2], c[j][3]),
                              pair(c[j + 1][0], c[j + 1][1]), pair(c[j + 1][2], c[j + 1][3]),
                              *reinterpret_cast<const u32*>(v),
