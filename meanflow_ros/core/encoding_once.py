@@ -8,6 +8,7 @@ with an instruction is read once. Chunks are those of the Policy, up to rounding
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from torch import Tensor
 from meanflow_ros.core.contract import ActionChunk, Observation, clean_instruction
 from meanflow_ros.core.fused_dit import Schedule
 from meanflow_ros.core.runtime import FastPolicy
+
+# Pictures are read-only, and are only read.
+warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
 
 
 @dataclass(frozen=True)
