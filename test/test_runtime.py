@@ -379,6 +379,7 @@ def test_on_a_cpu_the_reason_for_no_graph_is_the_cpu(fast):
     assert fast.why_eager == 'there are no CUDA graphs on cpu'
     assert fast.why_not_compiled == 'compilation was not asked for'
     assert fast.why_no_kernels
+    assert fast.why_not_one_kernel == 'there are no kernels for its blocks'
 
 
 # Compilation

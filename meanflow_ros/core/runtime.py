@@ -134,6 +134,11 @@ class FastPolicy(Policy):
         """Return why PyTorch's operations stand in for core/kernels.py; '' if they do not."""
         return self._why_no_kernels
 
+    @property
+    def why_not_one_kernel(self) -> str:
+        """Return why the action network takes many kernels (core/persistent.py); '' if one."""
+        return self.fused.dit.why_apart
+
     def save(self, directory: Path | str, **_) -> None:
         """Raise ValueError: the weights are no longer those of a checkpoint."""
         raise ValueError(f'a FastPolicy cannot be saved to {directory}; save the Policy that it '

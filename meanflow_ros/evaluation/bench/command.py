@@ -92,6 +92,7 @@ class Bench:
             if technique.detailed:
                 row['why_not_compiled'] = fast.why_not_compiled
                 row['why_no_kernels'] = fast.why_no_kernels
+                row['why_not_one_kernel'] = fast.why_not_one_kernel
                 if technique.nfe == arguments.nfe[0]:
                     row['checks'] = self._check(policy, fast, seen)
                 row['stages_ms'] = stage_times(fast, seen[0], steps=technique.nfe,
@@ -126,6 +127,7 @@ class Bench:
                 (r['host_ms']['p50'] for r in self.results['rows'] if r['nfe'] == technique.nfe)):
             self.results['latencies_ms'] = [round(value, 4) for value in values]
         print(line_of(row), flush=True)
+        self._write()
         if row.get('why_eager') and gpu:
             print(f'  {row["why_eager"]}', flush=True)
         return row

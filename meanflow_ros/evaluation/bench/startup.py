@@ -66,6 +66,7 @@ def main(argv=None) -> int:
               'warm_up_s': round(warm - loaded, 2),
               'first_chunk_s': round(time.perf_counter() - BEGIN, 2), 'why_eager': why_eager,
               'why_not_compiled': policy.why_not_compiled, 'why_no_kernels': policy.why_no_kernels,
+              'why_not_one_kernel': policy.why_not_one_kernel,
               'host_peak_mib': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
     if policy.device.type == 'cuda':
         result |= {'gpu_peak_mib': round(torch.cuda.max_memory_allocated() / 2**20),
