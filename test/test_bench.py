@@ -91,7 +91,8 @@ def test_bench_writes_every_row_its_stages_and_its_checks(small, tmp_path, capsy
     assert found['problems'] == [] and len(found['latencies_ms']) == 4
     assert all(0 < value for value in found['latencies_ms'])
     fast = found['rows'][2]
-    assert list(fast['stages_ms']) == ['upload', 'resize', 'vision', 'text', 'dit', 'download']
+    assert list(fast['stages_ms']) == ['upload', 'resize', 'vision', 'text', 'dit', 'download',
+                                       'copy']
     assert fast['checks']['off_the_eager_policy']['2'] < 1e-5
     assert fast['checks']['repeats_that_differ'] == 0 and fast['checks']['switches'] == 9
     assert 0 < fast['roofline_fraction'] < 1

@@ -11,7 +11,7 @@ import torch
 
 import micro_policy
 from meanflow_ros.core import kernels, runtime
-from meanflow_ros.core.captured import GraphCache, Request, StaticAct
+from meanflow_ros.core.captured import GraphCache, Replay, Request, StaticAct
 from meanflow_ros.core.compiled import keep_compiled_in, users_cache
 from meanflow_ros.core.contract import ActionSpace, CameraSpec, Observation, RobotSpec
 from meanflow_ros.core.dit import DiTConfig
@@ -372,6 +372,27 @@ def test_what_is_captured_computes_the_chunk_on_buffers_that_never_move(given, c
                 stage()
             assert np.abs(act.result() - fast._eager(request)).max() < 1e-6
         assert [buffer.data_ptr() for buffer in act._device] == addresses
+
+
+def test_pictures_that_are_loaded_once_are_computed_from_there_again_and_again(policy):
+    fast = FastPolicy(policy, options=RuntimeOptions(lengths=(64,)))
+
+    def capture(request):
+        act = StaticAct(fast.fused, request, pinned=False)
+        return Replay(act, act.stages, lambda: None)
+
+    first, second = (fast.request([o], 2, [0]) for o in observations(policy.robot, 2))
+    with fast.from_pinned_memory(first) as act:
+        assert act is None
+    fast._graphs = GraphCache(lambda: capture)
+    fast._graphs.wait(first)
+    with torch.inference_mode():
+        expected = [fast._eager(request) for request in (first, second)]
+    for request, actions in zip((first, second), expected):
+        with fast.from_pinned_memory(request) as act:
+            assert np.abs(act() - actions).max() < 1e-6
+            assert np.array_equal(act(), act())
+    fast.close()
 
 
 def test_on_a_cpu_the_reason_for_no_graph_is_the_cpu(fast):

@@ -186,6 +186,37 @@ class StaticAct:
             target.copy_(source, non_blocking=True)
 
 
+class Replay:
+    """Computes requests of one shape: an act whose stages are started one after the other.
+
+    stages: as those of the act. wait: returns when the device is done.
+    """
+
+    def __init__(self, act: StaticAct, stages: Sequence[Callable[[], None]],
+                 wait: Callable[[], None]):
+        self._act, self._stages, self._wait = act, stages, wait
+
+    def __call__(self, request: Request) -> np.ndarray:
+        """Return the actions (1, T, A) of a request."""
+        self.load_pictures(request)
+        return self.go_on(request)
+
+    def load_pictures(self, request: Request) -> None:
+        """Put the pictures where the first stage takes them."""
+        self._act.load_pictures(request)
+
+    def go_on(self, request: Request) -> np.ndarray:
+        """Return the actions of the request whose pictures were loaded last."""
+        prepare, see, decide = self._stages
+        prepare()
+        self._act.load_numbers(request)
+        see()
+        self._act.load_prompt(request)
+        decide()
+        self._wait()
+        return self._act.result()
+
+
 class CudaGraphs:
     """Captures StaticActs of one network as CUDA graphs; use it from one thread only.
 
@@ -206,7 +237,7 @@ class CudaGraphs:
             stream.synchronize()
 
     @torch.inference_mode()
-    def capture(self, request: Request) -> Callable[[Request], np.ndarray]:
+    def capture(self, request: Request) -> Replay:
         """Return what computes requests of this one's shape; RuntimeError says why it cannot."""
         with torch.cuda.stream(self._warm):
             act = StaticAct(self._network, request, pinned=self._pinned)
@@ -218,18 +249,8 @@ class CudaGraphs:
             self._warm.synchronize()
             expected = act.result()
         act.beside = self._beside
-        prepare, see, decide = map(self._captured, act.stages)
-
-        def replay(request: Request) -> np.ndarray:
-            act.load_pictures(request)
-            prepare.replay()
-            act.load_numbers(request)
-            see.replay()
-            act.load_prompt(request)
-            decide.replay()
-            torch.cuda.current_stream().synchronize()
-            return act.result()
-
+        replay = Replay(act, [self._captured(stage).replay for stage in act.stages],
+                        lambda: torch.cuda.current_stream().synchronize())
         with self._device_lock, torch.cuda.stream(self._warm):
             difference = np.abs(replay(request) - expected).max()
         if not difference <= GRAPH_TOLERANCE:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -226,6 +227,18 @@ class FastPolicy(Policy):
         if difference <= KERNEL_TOLERANCE:
             return ''
         return f'chunks were {difference:.2g} off with the kernels'
+
+    @contextlib.contextmanager
+    def from_pinned_memory(self, request: Request) -> Iterator[Callable[[], np.ndarray] | None]:
+        """Put a request's pictures into pinned memory; give what computes its actions from there.
+
+        It may be called again and again; None where there is no graph for the request.
+        """
+        with torch.inference_mode(), self._on_device():
+            graph = self._graph_of(request)
+            if graph is not None:
+                graph.load_pictures(request)
+            yield graph and functools.partial(graph.go_on, request)
 
     def close(self) -> None:
         """Free the graphs, and end the thread that captures them."""

@@ -9,7 +9,7 @@ import torch
 from meanflow_ros.core.captured import lay_out, picture_shapes
 from meanflow_ros.core.contract import Observation
 from meanflow_ros.core.runtime import FastPolicy
-from meanflow_ros.evaluation.bench.device import capture, device_ms, summary
+from meanflow_ros.evaluation.bench.device import capture, device_ms, host_ms, summary
 
 
 @torch.inference_mode()
@@ -18,6 +18,8 @@ def stage_times(policy: FastPolicy, observation: Observation, *, steps: int, run
     """Return the percentiles of upload, resize, vision, text, DiT and download, ms.
 
     Each stage runs alone, as a graph of its own where `graphs`; starting it is part of its time.
+    By the host's clock beside them: `copy` of the pictures into pinned memory, and where there is
+    a graph `pinned`, all from there to the actions in pinned memory.
     """
     network, device = policy.fused, policy.device
     request = policy.request([observation], steps, [0], None)
@@ -59,4 +61,8 @@ def stage_times(policy: FastPolicy, observation: Observation, *, steps: int, run
         run: Callable[[], None] = capture(stage) if graphs else stage
         run()
         times[stage.__name__] = summary(device_ms(run, runs, warm_up=20, device=device))
+    times['copy'] = summary(host_ms(lambda: lay_out(host, request.images), runs, warm_up=20))
+    with policy.from_pinned_memory(request) as act:
+        if act:
+            times['pinned'] = summary(host_ms(act, runs, warm_up=20))
     return times
