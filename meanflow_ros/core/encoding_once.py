@@ -8,7 +8,6 @@ with an instruction is read once. Chunks are those of the Policy, up to rounding
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,9 +18,6 @@ from torch import Tensor
 from meanflow_ros.core.contract import ActionChunk, Observation, clean_instruction
 from meanflow_ros.core.fused_dit import Schedule
 from meanflow_ros.core.runtime import FastPolicy
-
-# Pictures are read-only, and are only read.
-warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class EncodingOnce:
 
     def _prepared(self, picture: np.ndarray) -> Tensor:
         """Return a picture (1, S, S, 3); one at a time, since it is large before it is resized."""
-        one = torch.from_numpy(picture)[None, None].to(self._policy.device)
+        one = torch.tensor(picture)[None, None].to(self._policy.device)
         return self._policy.fused.prepare([one])[0]
 
     def _read(self, tokens: Tensor, scenes: Sequence[tuple]) -> tuple[Tensor, Tensor, Tensor]:
