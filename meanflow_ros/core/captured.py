@@ -102,9 +102,9 @@ class StaticAct:
 
     It is done in `stages`, so that the first can begin to run while the host does what the others
     need. beside: a stream on which what modulates the network is found during vision, which leaves
-    much of a GPU idle. Where host memory can be pinned the
-    copies to and from the device are part of them; elsewhere (a CPU, or a device that shares the
-    host's memory) they are made before and after.
+    much of a GPU idle. Where host memory can be pinned the copies to and from the device are part
+    of the stages; elsewhere (a CPU, or a device that shares the host's memory) they are made
+    before and after.
     """
 
     def __init__(self, network: FusedNetwork, request: Request, *, pinned: bool):
@@ -159,7 +159,7 @@ class StaticAct:
         with torch.cuda.stream(self.beside):
             if self._pinned:
                 self._upload([self._host_numbers], [self._numbers])
-            self._modulations = self._network.modulate(
+            self._modulations = self._network.dit.modulations(
                 self._schedule, self._state if self._state.numel() else None)
         self._visual = self._network.see(self._pixels)
         if self.beside:

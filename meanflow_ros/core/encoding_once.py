@@ -117,7 +117,7 @@ class EncodingOnce:
         noise = torch.cat([policy.noise(question.observation.stamp_ns, question.seed)
                            for question in questions])
         schedule = self._schedule(steps)
-        modulations = policy.fused.modulate(schedule, state if state.numel() else None)
+        modulations = policy.fused.dit.modulations(schedule, state if state.numel() else None)
         actions = policy.fused.sample(keys, values, bias, modulations, noise.to(policy.device),
                                       schedule, steps).double().cpu().numpy()
         return [policy.chunk(row, observation) for row, observation in zip(actions, seen)]

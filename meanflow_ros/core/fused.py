@@ -1,7 +1,7 @@
 """A PolicyNetwork with all that is constant computed once, in parts that run in order.
 
     see: pictures of all cameras -> visual tokens      read: these and the prompt -> context
-    modulate: state -> what the network is told of it and of the times, beside the other two
+    dit.modulations: state -> what the network is told of it and the times, beside these two
     decide: context, that and noise -> actions
 
 The constants are of one action space, horizon and number of cameras: those of a policy.
@@ -65,10 +65,6 @@ class FusedNetwork(nn.Module):
             resized.append(pixels.unflatten(0, group.shape[:2]))
         return resized[0] if len(resized) == 1 else torch.cat(resized, dim=1)
 
-    def modulate(self, schedule: Schedule, state: Tensor | None) -> Tensor:
-        """Return the modulations that a sampler takes for normalised states (B, P)."""
-        return self.dit.modulations(schedule, state)
-
     def decide(self, context: Tensor, bias: Tensor | None, modulations: Tensor, noise: Tensor,
                schedule: Schedule, steps: int,
                known: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -101,8 +97,8 @@ class FusedNetwork(nn.Module):
                 known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return actions (B, T, A) in [-1, 1]."""
         context = self.read(self.see(self.prepare(pictures)), prompt, bias)
-        return self.decide(context, bias, self.modulate(schedule, state), noise, schedule, steps,
-                           known)
+        modulations = self.dit.modulations(schedule, state)
+        return self.decide(context, bias, modulations, noise, schedule, steps, known)
 
 
 def times_of(sampler: Callable[..., Tensor], steps: int) -> list[tuple[float, float]]:

@@ -39,7 +39,7 @@ def work_of(policy: Policy, *, steps: int, dtype: torch.dtype,
         return network.read(context[:, :visual], context[:, visual:], None)
 
     def decide() -> Tensor:
-        return network.decide(context, None, network.modulate(schedule, state), noise, schedule,
+        return network.decide(context, None, dit.modulations(schedule, state), noise, schedule,
                               steps)
 
     return {'vision': _work(lambda: network.see(pictures), _bytes(network.see)),

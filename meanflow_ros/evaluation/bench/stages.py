@@ -47,7 +47,7 @@ def stage_times(policy: FastPolicy, observation: Observation, *, steps: int, run
 
     def dit() -> None:
         kept['actions'] = network.decide(
-            kept['context'], prompt.bias, network.modulate(request.schedule, state), noise,
+            kept['context'], prompt.bias, network.dit.modulations(request.schedule, state), noise,
             request.schedule, steps)
 
     def download() -> None:
