@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -23,6 +24,7 @@ def start(function, *arguments, errors: Path):
 
 
 def _run(function, arguments, errors: Path) -> None:
+    gc.freeze()   # what the parent left is not to be collected here: its threads are missing
     os.setsid()
     torch.set_num_threads(1)  # OpenMP's other threads do not survive a fork
     handle = os.open(errors, os.O_WRONLY | os.O_CREAT)

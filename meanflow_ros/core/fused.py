@@ -9,7 +9,6 @@ The constants are of one action space, horizon and number of cameras: those of a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,8 +39,7 @@ class FusedNetwork(nn.Module):
             encoder, len(robot.cameras) * self.see.tokens, place)
         self.sampler = meanflow.SAMPLERS[policy.config.sampler]
         self.place = place
-        self.kernels, self._resize = place.kernels, functools.cache(
-            lambda *size: kernels.Resize(*size, self.image_size, place.device))
+        self.kernels = place.kernels
 
     def schedule(self, steps: int) -> Schedule:
         """Return the constants of `steps` network evaluations; ValueError below 1."""
@@ -53,8 +51,8 @@ class FusedNetwork(nn.Module):
         resized = []
         for group in pictures:
             if self.kernels:
-                small = self._resize(*group.shape[2:4])(group.flatten(0, 1), self.mean,
-                                                        self.place.dtype)
+                resize = kernels.Resize.of(*group.shape[2:4], self.image_size, group.device)
+                small = resize(group.flatten(0, 1), self.mean, self.place.dtype)
                 resized.append(small.unflatten(0, group.shape[:2]))
                 continue
             pixels = group.flatten(0, 1).movedim(-1, 1).float()    # a channels-last view

@@ -414,6 +414,12 @@ class Resize:
         self._rows = self._made_of(height, size, device)
         self._columns = self._made_of(width, size, device)
 
+    @classmethod
+    @functools.cache
+    def of(cls, height: int, width: int, size: int, device: torch.device) -> 'Resize':
+        """Return what is made once for pictures of this size."""
+        return cls(height, width, size, device)
+
     @staticmethod
     def _made_of(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the first pixel of each of `size`, and the weights from there on."""
