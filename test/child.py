@@ -6,10 +6,12 @@ import gc
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 
 def start(function, *arguments, errors: Path):
@@ -25,6 +27,7 @@ def start(function, *arguments, errors: Path):
 
 def _run(function, arguments, errors: Path) -> None:
     gc.freeze()   # what the parent left is not to be collected here: its threads are missing
+    tqdm.set_lock(threading.RLock())   # the parent's is shared: who is killed with it keeps it
     os.setsid()
     torch.set_num_threads(1)  # OpenMP's other threads do not survive a fork
     handle = os.open(errors, os.O_WRONLY | os.O_CREAT)
