@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from test_runtime import observations
+from torch import nn
 
 from meanflow_ros.core import kernels
 from meanflow_ros.core.fused_encoder import window_order
@@ -77,11 +78,12 @@ def check_vision():
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, -1, 64)
         found(f'windows of {side} on {grid}', kernels.window_attention(
             qkv, padding, gather, 4, side * side), out.index_select(1, scatter))
-    qkv = torch.randn(2, 196, 3 * 96)
-    q, k, v = qkv.view(2, 196, 3, 3, 32).permute(2, 0, 3, 4, 1)
-    out = (q @ k.transpose(-1, -2) * 196 ** -0.5).softmax(-1) @ v
-    found('channel attention', kernels.channel_attention(qkv, 3),
-          out.permute(0, 3, 1, 2).flatten(2))
+    for tokens in (196, 700):
+        qkv = torch.randn(2, tokens, 3 * 96)
+        q, k, v = qkv.view(2, tokens, 3, 3, 32).permute(2, 0, 3, 4, 1)
+        out = (q @ k.transpose(-1, -2) * tokens ** -0.5).softmax(-1) @ v
+        found(f'attention among channels of {tokens}', kernels.channel_attention(qkv, 3),
+              out.permute(0, 3, 1, 2).flatten(2))
     x, weight = torch.randn(2, 35, 48), torch.randn(48, 1, 3, 3)
     bias, after, scale = torch.randn(3, 48)
     grid = x.unflatten(1, (5, 7)).permute(0, 3, 1, 2)
@@ -93,7 +95,30 @@ def check_vision():
     found('its norm', normed, F.layer_norm(y, (48,)))
     found('sum and norm', kernels.add_norm(x, y, scale, bias, 1e-5),
           F.layer_norm(x + y, (48,), scale, bias))
+    found('norm', kernels.add_norm(x, None, scale, bias, 1e-5),
+          F.layer_norm(x, (48,), scale, bias))
     found('sum of a product', kernels.linear_onto(x.clone(), y, torch.eye(48)), x + y)
+
+
+def check_tokens():
+    x, positions, text_positions = torch.randn(4, 21, 48), torch.randn(22, 48), torch.randn(44, 48)
+    norm, text_norm = nn.LayerNorm(48), nn.LayerNorm(48, eps=1e-3)
+    for value in (*norm.parameters(), *text_norm.parameters()):
+        nn.init.normal_(value)
+    each = norm(torch.cat([x.mean(1, keepdim=True), x], dim=1) + positions)
+    expected = text_norm(each.unflatten(0, (2, 2)).flatten(1, 2) + text_positions)
+    found('tokens', kernels.tokens(x, 2, positions, norm, text_positions, text_norm),
+          expected.detach())
+
+
+def check_context():
+    both = torch.randn(1, 96, 3, 2, 2, 16)                 # (B, S, blocks, 2, heads, d)
+    keys, values = both.permute(3, 2, 0, 4, 1, 5)
+    scale = torch.randn(3, 1, 1, 1, 16)
+    laid_keys, laid_values = kernels.context(keys, values, scale, 32, 8)
+    assert laid_keys.shape == (3, 1, 2, 96, 48) and laid_values.shape == (3, 1, 2, 16, 104)
+    found('keys', laid_keys[..., :16], rms(keys) * scale)
+    found('values', laid_values[..., :96], values.transpose(-1, -2))
 
 
 def check_pictures():
@@ -138,6 +163,7 @@ def check_policy():
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    for check in (check_products, check_attention, check_vision, check_pictures, check_policy):
+    for check in (check_products, check_attention, check_vision, check_tokens, check_context,
+                  check_pictures, check_policy):
         check()
     json.dump(FOUND, sys.stdout)

@@ -368,7 +368,7 @@ def test_what_is_captured_computes_the_chunk_on_buffers_that_never_move(given, c
             act.load_pictures(request)
             act.load_numbers(request)
             act.load_prompt(request)
-            for stage in act.stages:
+            for stage in (act.see, act.tell, act.decide):
                 stage()
             assert np.abs(act.result() - fast._eager(request)).max() < 1e-6
         assert [buffer.data_ptr() for buffer in act._device] == addresses
@@ -379,7 +379,7 @@ def test_pictures_that_are_loaded_once_are_computed_from_there_again_and_again(p
 
     def capture(request):
         act = StaticAct(fast.fused, request, pinned=False)
-        return Replay(act, act.stages, lambda: None)
+        return Replay(act, act.see, act.tell, act.decide)
 
     first, second = (fast.request([o], 2, [0]) for o in observations(policy.robot, 2))
     with fast.from_pinned_memory(first) as act:

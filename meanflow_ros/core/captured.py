@@ -1,13 +1,14 @@
 """CUDA graphs of a FusedNetwork, from pictures in host memory to actions in host memory.
 
-A graph is fixed to addresses and to a GraphShape; an inference is three graphs. They are captured
-on a thread of their own while chunks go on being computed eagerly. Streams keep the two apart: a
-stream has a workspace of cuBLAS of its own, and what a graph was captured with may be used by
-nothing that runs beside it.
+A graph is fixed to addresses and to a GraphShape; an inference is three graphs, of which one runs
+beside another. They are captured on a thread of their own while chunks go on being computed
+eagerly. Streams keep the two apart: a stream has a workspace of cuBLAS of its own, and what a
+graph was captured with may be used by nothing that runs beside it.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from meanflow_ros.core.fused_dit import Schedule
 
 WARM_UP_RUNS = 3
 MAX_GRAPHS = 12
-GRAPH_TOLERANCE = 1e-3   # of the first replay to the eager run, in normalised units
+GRAPH_TOLERANCE = 1e-3   # of the first replay to the eager run, of half an action's range
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,41 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """What else the network takes, on the CPU.
+
+    state: (B, P), P may be 0. noise: (B, T, A). known: steps that are given, see
+    FusedNetwork.decide.
+    """
+
+    state: Tensor
+    noise: Tensor
+    known: tuple[Tensor, Tensor] | None = None
+
+    def parts(self) -> list[Tensor]:
+        """Return all of them, as float32."""
+        return [self.state, self.noise, *(value.float() for value in self.known or ())]
+
+
+@dataclass(frozen=True)
 class Request:
     """One inference of B observations.
 
-    images: for each observation, the picture of each camera. state: (B, P) float32, P may be 0.
-    noise: (B, T, A) on the CPU. known: steps that are given, see FusedNetwork.decide, on the CPU.
+    images: for each observation, the picture of each camera. known: whether steps are given.
+    find_numbers: finds what vision does not wait for; ValueError as `act` says.
     """
 
     images: Sequence[Sequence[np.ndarray]]
-    state: np.ndarray
-    noise: Tensor
     prompt: Prompt
     schedule: Schedule
     steps: int
-    known: tuple[Tensor, Tensor] | None = None
+    known: bool
+    find_numbers: Callable[[], Numbers]
+
+    @functools.cached_property
+    def numbers(self) -> Numbers:
+        """Return what vision does not wait for."""
+        return self.find_numbers()
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -73,7 +95,7 @@ class Request:
     def shape(self) -> GraphShape:
         """Return what a graph for this must be fixed to."""
         length = self.prompt.bias.shape[-1] if self.prompt.bias is not None else 0
-        return GraphShape(self.sizes, self.steps, length, self.known is not None)
+        return GraphShape(self.sizes, self.steps, length, self.known)
 
 
 def picture_shapes(batch: int, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
@@ -91,32 +113,24 @@ def lay_out(pictures: Sequence[Tensor], images: Sequence[Sequence[np.ndarray]]) 
             place[:] = image
 
 
-def _numbers(request: Request) -> list[Tensor]:
-    """Return state, noise, and known steps if there are any, as float32."""
-    return [torch.from_numpy(request.state), request.noise,
-            *(value.float() for value in request.known or ())]
-
-
 class StaticAct:
     """One inference on buffers that never move, of batch 1: what graphs are captured from.
 
-    It is done in `stages`, so that the first can begin to run while the host does what the others
-    need. beside: a stream on which what modulates the network is found during vision, which leaves
-    much of a GPU idle. Where host memory can be pinned the copies to and from the device are part
-    of the stages; elsewhere (a CPU, or a device that shares the host's memory) they are made
-    before and after.
+    It is done in stages, so that `see` can begin to run while the host does what the others need.
+    `tell` finds what modulates the network, and may run beside it: vision leaves much of a GPU
+    idle. `decide` needs both. Where host memory can be pinned the copies to and from the device
+    are part of the stages; elsewhere (a CPU, or a device that shares the host's memory) they are
+    made before and after.
     """
 
     def __init__(self, network: FusedNetwork, request: Request, *, pinned: bool):
-        self.beside: torch.cuda.Stream | None = None
         device, dtype = network.place.device, network.place.dtype
         self._network, self._pinned = network, pinned
         self._schedule, self._steps = request.schedule, request.steps
-        self.stages = self._prepare, self._see, self._decide
         self._host = [torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
                       for shape in picture_shapes(1, request.sizes)]
         self._device = [torch.empty_like(host, device=device) for host in self._host]
-        numbers = _numbers(request)
+        numbers = request.numbers.parts()
         self._host_numbers = torch.zeros(sum(map(torch.Tensor.numel, numbers)), pin_memory=pinned)
         self._numbers = torch.empty_like(self._host_numbers, device=device)
         parts = self._numbers.split([part.numel() for part in numbers])
@@ -125,9 +139,9 @@ class StaticAct:
         self._prompt: Prompt | None = None
         self._embedded = torch.zeros_like(request.prompt.embedded, device=device, dtype=dtype)
         self._bias = torch.zeros_like(request.prompt.bias, device=device, dtype=dtype)
-        self._actions = torch.zeros(1, request.noise.shape[1], network.dit.action_size,
-                                    device=device)
-        self._result = torch.zeros(self._actions.shape, pin_memory=pinned)
+        self._actions = torch.zeros(1, self._noise.shape[1], len(network.middle),
+                                    dtype=torch.float64, device=device)
+        self._result = torch.zeros_like(self._actions, device='cpu', pin_memory=pinned)
 
     def load_pictures(self, request: Request) -> None:
         """Put what the first stage takes into the buffers."""
@@ -137,7 +151,7 @@ class StaticAct:
 
     def load_numbers(self, request: Request) -> None:
         """Put what the second stage takes into the buffers."""
-        torch.cat([part.flatten() for part in _numbers(request)], out=self._host_numbers)
+        torch.cat([part.flatten() for part in request.numbers.parts()], out=self._host_numbers)
         if not self._pinned:
             self._upload([self._host_numbers], [self._numbers])
 
@@ -148,37 +162,34 @@ class StaticAct:
             self._bias.copy_(request.prompt.bias)
             self._prompt = request.prompt
 
-    def _prepare(self) -> None:
+    def see(self) -> None:
+        """Turn the pictures into visual tokens."""
         if self._pinned:
             self._upload(self._host, self._device)
-        self._pixels = self._network.prepare(self._device)
+        self._visual = self._network.see(self._network.prepare(self._device))
 
-    def _see(self) -> None:
-        if self.beside:
-            self.beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.beside):
-            if self._pinned:
-                self._upload([self._host_numbers], [self._numbers])
-            self._modulations = self._network.dit.modulations(
-                self._schedule, self._state if self._state.numel() else None)
-        self._visual = self._network.see(self._pixels)
-        if self.beside:
-            torch.cuda.current_stream().wait_stream(self.beside)
+    def tell(self) -> None:
+        """Turn the state into what modulates the network."""
+        if self._pinned:
+            self._upload([self._host_numbers], [self._numbers])
+        self._modulations = self._network.dit.modulations(
+            self._schedule, self._state if self._state.numel() else None)
 
-    def _decide(self) -> None:
+    def decide(self) -> None:
+        """Turn all of it into actions."""
         known = (self._known[0], self._known[1] > 0) if self._known else None
         context = self._network.read(self._visual, self._embedded, self._bias)
-        self._actions.copy_(self._network.decide(
+        self._network.physical(self._network.decide(
             context, self._bias, self._modulations, self._noise, self._schedule, self._steps,
-            known))
+            known), out=self._actions)
         if self._pinned:
             self._result.copy_(self._actions, non_blocking=True)
 
     def result(self) -> np.ndarray:
-        """Return the actions (1, T, A), once the device is done."""
+        """Return the actions (1, T, A) in physical units, once the device is done."""
         if not self._pinned:
             self._result.copy_(self._actions)
-        return self._result.numpy().astype(np.float64)
+        return self._result.numpy().copy()
 
     @staticmethod
     def _upload(host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
@@ -187,14 +198,14 @@ class StaticAct:
 
 
 class Replay:
-    """Computes requests of one shape: an act whose stages are started one after the other.
+    """Computes requests of one shape: starts the stages of an act, as soon as it can.
 
-    stages: as those of the act. wait: returns when the device is done.
+    see, tell, decide: start those of the act. wait: returns when the device is done.
     """
 
-    def __init__(self, act: StaticAct, stages: Sequence[Callable[[], None]],
-                 wait: Callable[[], None]):
-        self._act, self._stages, self._wait = act, stages, wait
+    def __init__(self, act: StaticAct, see: Callable[[], None], tell: Callable[[], None],
+                 decide: Callable[[], None], wait: Callable[[], None] = lambda: None):
+        self._act, self._see, self._tell, self._decide, self._wait = act, see, tell, decide, wait
 
     def __call__(self, request: Request) -> np.ndarray:
         """Return the actions (1, T, A) of a request."""
@@ -207,12 +218,11 @@ class Replay:
 
     def go_on(self, request: Request) -> np.ndarray:
         """Return the actions of the request whose pictures were loaded last."""
-        prepare, see, decide = self._stages
-        prepare()
+        self._see()
         self._act.load_numbers(request)
-        see()
+        self._tell()
         self._act.load_prompt(request)
-        decide()
+        self._decide()
         self._wait()
         return self._act.result()
 
@@ -228,7 +238,8 @@ class CudaGraphs:
         device = network.place.device
         # Memory that a chip shares with the host is slow to read where it is pinned.
         self._pinned = not getattr(torch.cuda.get_device_properties(device), 'is_integrated', 0)
-        self._pool = torch.cuda.graph_pool_handle()
+        # What runs beside another graph may not use memory that this one has given back.
+        self._pool, self._pool_beside = (torch.cuda.graph_pool_handle() for _ in range(2))
         self._warm, self._stream, self._beside = (torch.cuda.Stream(device) for _ in range(3))
         for stream in (self._stream, self._beside):   # whose workspace is not to lie in a graph's
             with torch.cuda.stream(stream):
@@ -244,25 +255,35 @@ class CudaGraphs:
             for load in (act.load_pictures, act.load_numbers, act.load_prompt):
                 load(request)
             for _ in range(WARM_UP_RUNS):
-                for stage in act.stages:
+                for stage in (act.see, act.tell, act.decide):
                     stage()
             self._warm.synchronize()
             expected = act.result()
-        act.beside = self._beside
-        replay = Replay(act, [self._captured(stage).replay for stage in act.stages],
+        see = self._captured(act.see, self._stream, self._pool)
+        tell = self._captured(act.tell, self._beside, self._pool_beside)
+        decide = self._captured(act.decide, self._stream, self._pool)
+
+        def tell_beside() -> None:
+            with torch.cuda.stream(self._beside):
+                tell.replay()
+            torch.cuda.current_stream().wait_stream(self._beside)
+
+        replay = Replay(act, see.replay, tell_beside, decide.replay,
                         lambda: torch.cuda.current_stream().synchronize())
         with self._device_lock, torch.cuda.stream(self._warm):
-            difference = np.abs(replay(request) - expected).max()
+            difference = self._network.off(replay(request), expected)
         if not difference <= GRAPH_TOLERANCE:
             raise RuntimeError(f'the graph is {difference:.2g} off the eager run')
         return replay
 
-    def _captured(self, stage: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    @staticmethod
+    def _captured(stage: Callable[[], None], stream: torch.cuda.Stream,
+                  pool: tuple) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph(): it collects garbage and empties caches, which stalls inference.
         # thread_local: other threads use the device meanwhile.
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode='thread_local')
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=pool, capture_error_mode='thread_local')
             try:
                 stage()
             finally:

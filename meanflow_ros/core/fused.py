@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +39,10 @@ class FusedNetwork(nn.Module):
         self.embed_prompts = PromptEmbedding(
             encoder, len(robot.cameras) * self.see.tokens, place)
         self.sampler = meanflow.SAMPLERS[policy.config.sampler]
+        normalizer = policy.config.action_normalizer
+        for name, value in (('middle', normalizer.invert(np.zeros_like(normalizer.low))),
+                            ('half_range', (normalizer.high - normalizer.low) / 2)):
+            self.register_buffer(name, torch.tensor(value, device=place.device))   # float64
         self.place = place
         self.kernels = place.kernels
 
@@ -90,13 +95,23 @@ class FusedNetwork(nn.Module):
             u = meanflow.with_prefix(u, known[0][..., :self.dit.action_size], known[1])
         return self.sampler(u, noise[..., :self.dit.action_size], steps=steps)
 
+    def physical(self, actions: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return actions (B, T, A) in [-1, 1] as float64 in the units of the action space."""
+        return torch.addcmul(self.middle, self.half_range, actions[..., :len(self.middle)],
+                             out=out)
+
+    def off(self, actions: np.ndarray, expected: np.ndarray) -> float:
+        """Return how far physical actions are off, at most, in normalised units."""
+        return (np.abs(actions - expected) / self.half_range.cpu().numpy()).max()
+
     def forward(self, pictures: Sequence[Tensor], prompt: Tensor, bias: Tensor | None,
                 state: Tensor | None, noise: Tensor, schedule: Schedule, steps: int,
                 known: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Return actions (B, T, A) in [-1, 1]."""
+        """Return actions (B, T, A) in physical units, float64."""
         context = self.read(self.see(self.prepare(pictures)), prompt, bias)
         modulations = self.dit.modulations(schedule, state)
-        return self.decide(context, bias, modulations, noise, schedule, steps, known)
+        return self.physical(
+            self.decide(context, bias, modulations, noise, schedule, steps, known))
 
 
 def times_of(sampler: Callable[..., Tensor], steps: int) -> list[tuple[float, float]]:

@@ -248,8 +248,9 @@ class FusedDiT(nn.Module):
 
     def laid_out(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values as `velocity` takes them."""
-        keys = self.keys_and_values.normalised(keys)
-        return persistent.laid_out(keys, values) if self.in_one_kernel(keys) else (keys, values)
+        if self.in_one_kernel(keys):
+            return persistent.laid_out(keys, values, self.keys_and_values.scale)
+        return self.keys_and_values.normalised(keys), values
 
     def velocity(self, z: Tensor, modulation: Tensor, offset: Tensor, keys: Tensor,
                  values: Tensor, bias: Tensor | None,

@@ -149,12 +149,13 @@ class WindowAttention(nn.Module):
 def window_order(grid: tuple[int, int], side: int) -> tuple[Tensor, Tensor]:
     """Return which token stands at each place of the windows, and where each token stands.
 
-    Places that hold no token name token H W, one past the last.
+    Places that hold no token name token H W, one past the last; they are a window's last.
     """
     height, width = grid
     tokens = torch.arange(height * width).view(height, width)
     tokens = F.pad(tokens, (0, -width % side, 0, -height % side), value=height * width)
-    gather = tokens.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2).flatten()
+    windows = tokens.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)
+    gather = windows.flatten(0, 1).flatten(1).sort().values.flatten()
     scatter = torch.argsort(gather, stable=True)[:height * width]
     return gather, scatter
 
@@ -276,6 +277,8 @@ class PatchEmbedding(nn.Module):
             self.grid, self.padding, self.weight.shape[2:], self.stride))
 
     def _norm(self, x: Tensor) -> Tensor:
+        if self.kernels:
+            return kernels.add_norm(x, None, self.norm_scale, self.norm_shift, self.eps)
         return F.layer_norm(x, x.shape[-1:], self.norm_scale, self.norm_shift, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:                        # (N, H W, C) -> (N, h w, D)
@@ -321,17 +324,25 @@ class FusedVision(nn.Module):
         self.register_buffer('text_positions', place.kept(
             bart.embed_positions.weight[bart.embed_positions.offset:][:cameras * self.tokens]))
         self.text_norm = _frozen_norm(bart.layernorm_embedding, place)
+        self.kernels = place.kernels
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.together(self.each(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]))
+        each = pictures.flatten(0, 1)
+        if self.kernels:
+            return kernels.tokens(self._projected(each), pictures.shape[1], self.positions,
+                                  self.norm, self.text_positions, self.text_norm)
+        return self.together(self.each(each).unflatten(0, pictures.shape[:2]))
 
     def each(self, pictures: Tensor) -> Tensor:
         """Return the tokens (N, tokens, D) of pictures (N, S, S, 3), whichever camera's."""
+        x = self._projected(pictures)                              # linear: so is the mean
+        return self.norm(torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positions)
+
+    def _projected(self, pictures: Tensor) -> Tensor:
         x = pictures.flatten(1, 2)                                 # (N, S S, 3)
         for layer in self.layers:
             x = layer(x)
-        x = self.projection(x)                                     # linear: so is the mean
-        return self.norm(torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positions)
+        return self.projection(x)
 
     def together(self, tokens: Tensor) -> Tensor:
         """Return the tokens of all cameras (B, C, tokens, D) as one sequence (B, C tokens, D)."""

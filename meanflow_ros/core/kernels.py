@@ -13,7 +13,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     import triton
@@ -23,7 +23,9 @@ except ImportError:   # PyTorch for CPUs comes without
 
 MOST_ROWS = 64         # of a product in `product`; more rows are a matter for cuBLAS
 MOST_KEYS = 512        # of `cross_attention` and of a window
-MOST_TOKENS = 1024     # of `channel_attention`: one program goes through them all
+ALL_TOKENS = 400       # of `channel_attention`: one program goes through so many
+PART = 256             # of them, where there are more
+MOST_TOKENS = 16 * PART
 EPS = 1e-6
 # Whether a kernel of the DiT may start, and fetch its weights, while the one before it runs
 # (programmatic dependent launch).
@@ -49,6 +51,12 @@ def _power(size: int, least: int = 16) -> int:
 
 
 if triton is not None:
+    @triton.jit
+    def _wait(EARLY: tl.constexpr):
+        if EARLY:   # up to here nothing was read that the kernels before this one write
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+
     @triton.jit
     def _norm(x, size, EPSILON: tl.constexpr):
         return x * tl.rsqrt(tl.sum(x * x, 1) / size + EPSILON)[:, None]
@@ -88,9 +96,7 @@ if triton is not None:
             s = tl.load(shift + k, k < depth, 0.0).to(tl.float32)
         if GATE:
             factor = tl.load(gate + kept_column, kept_column < columns, 0.0).to(tl.float32)
-        if EARLY:   # up to here nothing was read that the kernels before this one write
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
+        _wait(EARLY)
         place = row[:, None] * columns + kept_column[None, :]
         kept = (row[:, None] < rows) & (kept_column[None, :] < columns)
         if RESIDUAL:
@@ -132,9 +138,7 @@ if triton is not None:
         q_swapped = tl.load(swapped + table, kept, 0.0).to(tl.float32)
         k_straight = tl.load(straight + table + D, kept, 0.0).to(tl.float32)
         k_swapped = tl.load(swapped + table + D, kept, 0.0).to(tl.float32)
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
+        _wait(EARLY)
         q = tl.load(qkv + d[None, :], kept, 0.0)
         p = tl.load(qkv + turned[None, :], kept, 0.0)
         k = tl.load(qkv + across + d[None, :], kept, 0.0)
@@ -166,9 +170,7 @@ if triton is not None:
         added = tl.zeros((S,), tl.float32)
         if BIAS:
             added = tl.load(bias + s, there, 0.0).to(tl.float32)
-        if EARLY:   # keys, values and bias are older than the kernels that start early
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
+        _wait(EARLY)   # keys, values and bias are older than the kernels that start early
         kept = row[:, None] < rows
         place = row[:, None] * heads * D + head * D + d[None, :]
         q = _norm(tl.load(queries + place, kept, 0.0).to(tl.float32), D, EPSILON)
@@ -242,8 +244,11 @@ if triton is not None:
         gather += window * inside
         asked = _places(gather, tl.program_id(2) * Q + tl.arange(0, Q), inside, tokens, GATHER)
         own = (asked < tokens)[:, None]
-        q = tl.load(qkv + (base + asked[:, None]) * 3 * width + column[None, :], own, 0.0)
         at = _places(gather, s, inside, tokens, GATHER)
+        if GATHER:
+            if tl.min(asked, 0) >= tokens:   # nobody asks
+                return
+        q = tl.load(qkv + (base + asked[:, None]) * 3 * width + column[None, :], own, 0.0)
         k = _kept_or_padding(qkv, at, tokens, base, padding, column + width, width, GATHER)
         v = _kept_or_padding(qkv, at, tokens, base, padding, column + 2 * width, width, GATHER)
         scores = tl.dot(q, tl.trans(k)) * scale
@@ -272,29 +277,62 @@ if triton is not None:
                  (result / total[:, None]).to(out.dtype.element_ty), own)
 
     @triton.jit
-    def _channel_attention(qkv, out, tokens: tl.constexpr, groups, scale, T: tl.constexpr,
-                           D: tl.constexpr):
-        picture, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-        width, d, t = groups * D, tl.arange(0, D), tl.arange(0, T)
-        qkv += picture * tokens * 3 * width + group * D
-        out += picture * tokens * width + group * D
-        scores = tl.zeros((D, D), tl.float32)
-        for start in range(0, tokens, T):
-            at = start + t
+    def _channel_scores(qkv, first, tokens, width, STEPS: tl.constexpr, T: tl.constexpr,
+                        D: tl.constexpr):
+        d, scores = tl.arange(0, D), tl.zeros((D, D), tl.float32)
+        for i in range(STEPS):
+            at = first + i * T + tl.arange(0, T)
             here = (at < tokens)[:, None]
             q = tl.load(qkv + at[:, None] * 3 * width + d[None, :], here, 0.0)
             k = tl.load(qkv + at[:, None] * 3 * width + width + d[None, :], here, 0.0)
             scores += tl.dot(tl.trans(q), k)
-        scores = scores * scale
+        return scores
+
+    @triton.jit
+    def _channel_mix(qkv, out, scores, first, tokens, width, scale, STEPS: tl.constexpr,
+                     T: tl.constexpr, D: tl.constexpr):
+        d, scores = tl.arange(0, D), scores * scale
         weights = tl.exp(scores - tl.max(scores, 1)[:, None])
         weights = weights / tl.sum(weights, 1)[:, None]
         turned = tl.trans(weights.to(qkv.dtype.element_ty))
-        for start in range(0, tokens, T):
-            at = start + t
+        for i in range(STEPS):
+            at = first + i * T + tl.arange(0, T)
             here = (at < tokens)[:, None]
             v = tl.load(qkv + at[:, None] * 3 * width + 2 * width + d[None, :], here, 0.0)
             tl.store(out + at[:, None] * width + d[None, :],
                      tl.dot(v, turned).to(out.dtype.element_ty), here)
+
+    @triton.jit
+    def _channel_attention(qkv, out, tokens, groups, scale, STEPS: tl.constexpr,
+                           T: tl.constexpr, D: tl.constexpr):
+        picture, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+        width = groups * D
+        qkv += picture * tokens * 3 * width + group * D
+        out += picture * tokens * width + group * D
+        scores = _channel_scores(qkv, 0, tokens, width, STEPS, T, D)
+        _channel_mix(qkv, out, scores, 0, tokens, width, scale, STEPS, T, D)
+
+    @triton.jit
+    def _channel_parts(qkv, parts, tokens, groups, T: tl.constexpr, D: tl.constexpr):
+        picture, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+        width, part, d = groups * D, tl.program_id(1), tl.arange(0, D)
+        qkv += picture * tokens * 3 * width + group * D
+        parts += (tl.program_id(0) * tl.num_programs(1) + part) * D * D
+        scores = _channel_scores(qkv, part * T, tokens, width, 1, T, D)
+        tl.store(parts + d[:, None] * D + d[None, :], scores)
+
+    @triton.jit
+    def _channel_whole(qkv, parts, out, tokens, groups, scale, PARTS: tl.constexpr,
+                       T: tl.constexpr, D: tl.constexpr):
+        picture, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+        width, part, d = groups * D, tl.program_id(1), tl.arange(0, D)
+        qkv += picture * tokens * 3 * width + group * D
+        out += picture * tokens * width + group * D
+        parts += tl.program_id(0) * PARTS * D * D + d[:, None] * D + d[None, :]
+        scores = tl.zeros((D, D), tl.float32)
+        for i in tl.static_range(PARTS):
+            scores += tl.load(parts + i * D * D)
+        _channel_mix(qkv, out, scores, part * T, tokens, width, scale, 1, T, D)
 
     @triton.jit
     def _standardise(x, there, size, EPSILON: tl.constexpr):
@@ -309,8 +347,9 @@ if triton is not None:
         there, real = c[None, :] < channels, token < count
         place = token[:, None] * channels + c[None, :]
         inside = real[:, None] & there
-        total = tl.load(x + place, inside, 0.0).to(tl.float32)
-        total += tl.load(bias + c, c < channels, 0.0).to(tl.float32)[None, :]
+        constant = tl.load(bias + c, c < channels, 0.0).to(tl.float32)[None, :]
+        added = tl.load(after + c, c < channels, 0.0).to(tl.float32)[None, :]
+        total = tl.load(x + place, inside, 0.0).to(tl.float32) + constant
         for tap in tl.static_range(9):
             down, right = tap // 3 - 1, tap % 3 - 1
             near = (real & (row + down >= 0) & (row + down < height) & (column + right >= 0)
@@ -319,21 +358,69 @@ if triton is not None:
                             0.0)
             total += value.to(tl.float32) * tl.load(taps + tap * channels + c, c < channels,
                                                     0.0).to(tl.float32)[None, :]
-        added = tl.load(after + c, c < channels, 0.0).to(tl.float32)[None, :]
         tl.store(out + place, (total + added).to(out.dtype.element_ty), inside)
         result = _standardise(total, there, channels, EPSILON)
         tl.store(normed + place, result.to(out.dtype.element_ty), inside)
 
     @triton.jit
-    def _add_norm(a, b, scale, shift, out, channels, EPSILON: tl.constexpr, C: tl.constexpr):
-        c = tl.arange(0, C)
-        there, place = c < channels, tl.program_id(0) * channels + c
-        total = (tl.load(a + place, there, 0.0).to(tl.float32)
-                 + tl.load(b + place, there, 0.0).to(tl.float32))[None, :]
-        result = _standardise(total, there[None, :], channels, EPSILON)
-        result = (result * tl.load(scale + c, there, 0.0).to(tl.float32)[None, :]
-                  + tl.load(shift + c, there, 0.0).to(tl.float32)[None, :])
-        tl.store(out + place[None, :], result.to(out.dtype.element_ty), there[None, :])
+    def _add_norm(a, b, scale, shift, out, rows, channels, EPSILON: tl.constexpr,
+                  ADD: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+        row, c = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, C)
+        there = c[None, :] < channels
+        place, kept = row[:, None] * channels + c[None, :], (row < rows)[:, None] & there
+        total = tl.load(a + place, kept, 0.0).to(tl.float32)
+        if ADD:
+            total += tl.load(b + place, kept, 0.0).to(tl.float32)
+        result = _standardise(total, there, channels, EPSILON)
+        result = (result * tl.load(scale + c, c < channels, 0.0).to(tl.float32)[None, :]
+                  + tl.load(shift + c, c < channels, 0.0).to(tl.float32)[None, :])
+        tl.store(out + place, result.to(out.dtype.element_ty), kept)
+
+    @triton.jit
+    def _tokens(x, positions, scale, shift, text_positions, text_scale, text_shift, out,
+                cameras, channels, EPSILON: tl.constexpr, TEXT_EPSILON: tl.constexpr,
+                count: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
+        picture, token = tl.program_id(0) // (count + 1), tl.program_id(0) % (count + 1)
+        c, t = tl.arange(0, C)[None, :], tl.arange(0, T)[:, None]
+        there = c < channels
+        first = tl.where(token == 0, 0, token - 1)      # the first token is the mean of all
+        last = tl.where(token == 0, count, token)
+        place = (picture % cameras * (count + 1) + token) * channels + c
+        at = tl.load(positions + token * channels + c, there, 0.0).to(tl.float32)
+        text_at = tl.load(text_positions + place, there, 0.0).to(tl.float32)
+        total = tl.zeros((1, C), tl.float32)
+        for start in range(0, count, T):
+            row = start + t
+            total += tl.sum(tl.load(x + (picture * count + row) * channels + c, (row >= first)
+                                    & (row < last) & there, 0.0).to(tl.float32), 0)[None, :]
+        y = _standardise(total / (last - first) + at, there, channels, EPSILON)
+        y = (y * tl.load(scale + c, there, 0.0).to(tl.float32)
+             + tl.load(shift + c, there, 0.0).to(tl.float32))
+        y = _standardise(y + text_at, there, channels, TEXT_EPSILON)
+        y = (y * tl.load(text_scale + c, there, 0.0).to(tl.float32)
+             + tl.load(text_shift + c, there, 0.0).to(tl.float32))
+        tl.store(out + (picture // cameras * cameras * (count + 1)) * channels + place,
+                 y.to(out.dtype.element_ty), there)
+
+    @triton.jit
+    def _context(keys, values, scale, laid_keys, laid_values, count, heads, key_block, key_head,
+                 key_row, value_block, value_head, value_row, EPSILON: tl.constexpr,
+                 D: tl.constexpr, KEY_GAP: tl.constexpr, VALUE_GAP: tl.constexpr,
+                 S: tl.constexpr):
+        block, head, d = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.arange(0, D)
+        s = tl.program_id(1) * S + tl.arange(0, S)
+        there = (s < count)[:, None]
+        factor = tl.load(scale + block * D + d).to(tl.float32)[None, :]
+        k = tl.load(keys + block * key_block + head * key_head + s[:, None] * key_row + d[None, :],
+                    there, 0.0)
+        v = tl.load(values + block * value_block + head * value_head + s[:, None] * value_row
+                    + d[None, :], there, 0.0)
+        k = _norm(k.to(tl.float32), D, EPSILON) * factor
+        first = tl.program_id(0) * count
+        tl.store(laid_keys + (first + s[:, None]) * (D + KEY_GAP) + d[None, :],
+                 k.to(laid_keys.dtype.element_ty), there)
+        tl.store(laid_values + (tl.program_id(0) * D + d[:, None]) * (count + VALUE_GAP)
+                 + s[None, :], tl.trans(v), (s < count)[None, :])
 
 
 @functools.lru_cache
@@ -497,13 +584,22 @@ def attention(qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
 def channel_attention(qkv: Tensor, groups: int) -> Tensor:
     """Return attention (N, T, C) among the channels of each group, from qkv (N, T, 3 C).
 
-    scores = q.T @ k / sqrt(T) over the tokens, of which each program goes through all.
+    scores = q.T @ k / sqrt(T) over the tokens. Of few tokens each program goes through all; of
+    many the scores of some are one kernel, and what they are for is another.
     """
     pictures, tokens, channels = qkv.shape
     out = torch.empty(pictures, tokens, channels // 3, device=qkv.device, dtype=qkv.dtype)
-    _channel_attention[(pictures * groups,)](
-        qkv, out, tokens, groups, tokens ** -0.5, T=min(128, _power(tokens)),
-        D=channels // 3 // groups, num_warps=4)
+    scale, width, count = tokens ** -0.5, channels // 3 // groups, pictures * groups
+    if tokens <= ALL_TOKENS:
+        block = min(128, _power(tokens))
+        _channel_attention[(count,)](qkv, out, tokens, groups, scale, T=block, D=width,
+                                     STEPS=triton.cdiv(tokens, block), num_warps=4)
+        return out
+    parts = triton.cdiv(tokens, PART)
+    scores = torch.empty(count, parts, width, width, device=qkv.device)
+    _channel_parts[(count, parts)](qkv, scores, tokens, groups, T=PART, D=width, num_warps=4)
+    _channel_whole[(count, parts)](qkv, scores, out, tokens, groups, scale, PARTS=parts, T=PART,
+                                   D=width, num_warps=4)
     return out
 
 
@@ -522,12 +618,48 @@ def depthwise_norm(x: Tensor, taps: Tensor, bias: Tensor, after: Tensor, grid: t
     return out, normed
 
 
-def add_norm(a: Tensor, b: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def add_norm(a: Tensor, b: Tensor | None, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Return layer_norm(a + b) over the last dimension C, times scale and plus shift (C,)."""
     channels, out = a.shape[-1], torch.empty_like(a)
-    _add_norm[(a.numel() // channels,)](a, b, scale, shift, out, channels, EPSILON=eps,
-                                        C=_power(channels), num_warps=4)
+    rows, block = a.numel() // channels, _power(channels)
+    together = max(1, 1024 // block)
+    _add_norm[(triton.cdiv(rows, together),)](
+        a, a if b is None else b, scale, shift, out, rows, channels, EPSILON=eps,
+        ADD=b is not None, R=together, C=block, num_warps=4)
     return out
+
+
+def tokens(x: Tensor, cameras: int, positions: Tensor, norm: nn.LayerNorm,
+           text_positions: Tensor, text_norm: nn.LayerNorm) -> Tensor:
+    """Return what FusedVision makes of its last layer's (N, tokens, D): (B, C (1 + tokens), D)."""
+    pictures, count, channels = x.shape
+    out = torch.empty(pictures // cameras, cameras * (count + 1), channels, device=x.device,
+                      dtype=x.dtype)
+    _tokens[(pictures * (count + 1),)](
+        x, positions, norm.weight, norm.bias, text_positions, text_norm.weight, text_norm.bias,
+        out, cameras, channels, EPSILON=norm.eps, TEXT_EPSILON=text_norm.eps, count=count, T=8,
+        C=_power(channels), num_warps=4)
+    return out
+
+
+def context(keys: Tensor, values: Tensor, scale: Tensor, key_gap: int,
+            value_gap: int) -> tuple[Tensor, Tensor]:
+    """Return RMS-normalised keys times scale, and values transposed, each row with a gap after it.
+
+    keys, values: (blocks, 1, heads, S, d), the last dimension contiguous. scale: (blocks, .., d).
+    Returns (blocks, 1, heads, S, d + key_gap) and (blocks, 1, heads, d, S + value_gap); what is
+    in the gaps is undefined.
+    """
+    blocks, _, heads, count, width = keys.shape
+    laid_keys = torch.empty(blocks, 1, heads, count, width + key_gap, device=keys.device,
+                            dtype=keys.dtype)
+    laid_values = torch.empty(blocks, 1, heads, width, count + value_gap, device=keys.device,
+                              dtype=keys.dtype)
+    _context[(blocks * heads, triton.cdiv(count, 64))](
+        keys, values, scale, laid_keys, laid_values, count, heads, keys.stride(0), keys.stride(2),
+        keys.stride(3), values.stride(0), values.stride(2), values.stride(3), EPSILON=EPS,
+        D=width, KEY_GAP=key_gap, VALUE_GAP=value_gap, S=64, num_warps=4)
+    return laid_keys, laid_values
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from meanflow_ros.core import kernels
 
 try:
     from cuda.bindings import driver, nvrtc
@@ -146,13 +147,13 @@ def why_not(sizes: Sizes, device: torch.device) -> str:
     return ''
 
 
-def laid_out(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def laid_out(keys: Tensor, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values (blocks, 1, heads, S, d) as the kernel fetches them.
 
-    Keys: (blocks, 1, heads, S, d + 32), values: (blocks, 1, heads, d, S + 8), so that rows begin
-    in other banks of memory.
+    Keys: RMS-normalised, times scale, (blocks, 1, heads, S, d + 32); values: (blocks, 1, heads,
+    d, S + 8); so that rows begin in other banks of memory.
     """
-    return F.pad(keys, (0, 32)), F.pad(values.transpose(-1, -2), (0, 8))
+    return kernels.context(keys, values, scale, 32, 8)
 
 
 def velocity(z: Tensor, weights: Weights, modulation: Tensor, offset: Tensor, keys: Tensor,

@@ -258,13 +258,18 @@ class Policy:
 
         prefix: (n, A) the first steps, which stand as they were given.
         """
+        return self.physical_chunk(self.config.action_normalizer.invert(
+            actions[:, :self.robot.action_space.size]), observation, prefix)
+
+    def physical_chunk(self, actions: np.ndarray, observation: Observation,
+                       prefix: Sequence = ()) -> ActionChunk:
+        """Return the chunk of actions (T, A) in physical units, which it changes: see `chunk`."""
         robot = self.robot
-        values = self.config.action_normalizer.invert(actions[:, :robot.action_space.size])
         if self.config.relative_to:
-            values += self._origin(observation)
+            actions += self._origin(observation)
         if len(prefix):
-            values[:len(prefix)] = prefix
-        return ActionChunk(actions=values, stamp_ns=observation.stamp_ns,
+            actions[:len(prefix)] = prefix
+        return ActionChunk(actions=actions, stamp_ns=observation.stamp_ns,
                            period_s=robot.period_s, first_step=robot.first_step)
 
     def _autocast(self):

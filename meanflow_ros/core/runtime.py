@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from meanflow_ros.core import kernels
 from meanflow_ros.core.captured import (
-    CudaGraphs, GraphCache, Prompt, Request, lay_out, picture_shapes)
+    CudaGraphs, GraphCache, Numbers, Prompt, Request, lay_out, picture_shapes)
 from meanflow_ros.core.compiled import CompiledParts, keep_compiled_in, users_cache
 from meanflow_ros.core.contract import ActionChunk, Observation, clean_instruction
 from meanflow_ros.core.fused import FusedNetwork
@@ -159,7 +159,7 @@ class FastPolicy(Policy):
             request = self.request(observations, steps or self.config.sampler_steps, seeds, noise,
                                    prefixes)
             actions = (self._graph_of(request) or self._eager)(request)
-        return [self.chunk(row, observation, prefix)
+        return [self.physical_chunk(row, observation, prefix)
                 for row, observation, prefix in zip(actions, observations, prefixes)]
 
     def warm_up(self, observation: Observation, steps: Sequence[int] = ()) -> str:
@@ -186,7 +186,7 @@ class FastPolicy(Policy):
 
     def _prepare(self, request: Request) -> None:
         """Try the kernels, then compile; what fails is left out, and its reason is kept."""
-        given = request.known is not None   # other kernels do that
+        given = request.known   # other kernels do that
         if not self._why_no_kernels and given not in self._tried:
             self._tried.add(given)
             self._why_no_kernels = self._try_kernels(request)
@@ -221,7 +221,7 @@ class FastPolicy(Policy):
     def _off(self, request: Request, expected: np.ndarray) -> str:
         """Return '' if an eager run gives what is expected, else what is wrong."""
         try:
-            difference = np.abs(self._eager(request) - expected).max()
+            difference = self.fused.off(self._eager(request), expected)
         except Exception as error:  # what a compiler of kernels or a driver says
             return f'a kernel failed: {type(error).__name__}: {error}'
         if difference <= KERNEL_TOLERANCE:
@@ -260,13 +260,14 @@ class FastPolicy(Policy):
         pictures = [torch.empty(shape, dtype=torch.uint8)
                     for shape in picture_shapes(len(request.images), request.sizes)]
         lay_out(pictures, request.images)
+        numbers = request.numbers
         actions = self.fused(
             [group.to(device) for group in pictures],
             request.prompt.embedded, request.prompt.bias,
-            torch.from_numpy(request.state).to(device) if request.state.size else None,
-            request.noise.to(device), request.schedule, request.steps,
-            tuple(value.to(device) for value in request.known) if request.known else None)
-        return actions.double().cpu().numpy()
+            numbers.state.to(device) if numbers.state.numel() else None,
+            numbers.noise.to(device), request.schedule, request.steps,
+            tuple(value.to(device) for value in numbers.known) if numbers.known else None)
+        return actions.cpu().numpy()
 
     def request(self, observations: Sequence[Observation], steps: int, seeds: Sequence[int],
                 noise: Tensor | None = None, prefixes: Sequence[np.ndarray] = ()) -> Request:
@@ -275,18 +276,23 @@ class FastPolicy(Policy):
         for name in names:
             if any(name not in observation.images for observation in observations):
                 raise ValueError(f'the observation has no picture of camera {name!r}')
-        if noise is None:
-            noise = torch.cat([self.noise(observation.stamp_ns, seed)
-                               for observation, seed in zip(observations, seeds)])
-        state, known = self.states(observations), None
-        if any(map(len, prefixes)):
-            x, given = self.known_steps(prefixes, observations)
-            known = x.float().cpu(), given.cpu()
+        given = any(map(len, prefixes))
+
+        def find_numbers() -> Numbers:
+            drawn, known = noise, None
+            if noise is None:
+                drawn = torch.cat([self.noise(observation.stamp_ns, seed)
+                                   for observation, seed in zip(observations, seeds)])
+            if given:
+                x, which = self.known_steps(prefixes, observations)
+                known = x.float().cpu(), which.cpu()
+            return Numbers(torch.from_numpy(self.states(observations)), drawn.float().cpu(), known)
+
         return Request(
             images=[[observation.images[name] for name in names] for observation in observations],
-            state=state, known=known, noise=noise.float().cpu(), steps=steps,
             prompt=self._prompt(tuple(clean_instruction(o.instruction) for o in observations)),
-            schedule=self._schedules.get(steps, lambda: self._made(self.fused.schedule(steps))))
+            schedule=self._schedules.get(steps, lambda: self._made(self.fused.schedule(steps))),
+            steps=steps, known=given, find_numbers=find_numbers)
 
     def states(self, observations: Sequence[Observation]) -> np.ndarray:
         """Return the normalised states (B, P); ValueError as `act` says."""

@@ -28,8 +28,9 @@ def stage_times(policy: FastPolicy, observation: Observation, *, steps: int, run
             for shape in picture_shapes(1, request.sizes)]
     lay_out(host, request.images)
     pictures = [group.to(device) for group in host]
-    state = torch.from_numpy(request.state).to(device) if request.state.size else None
-    noise, prompt = request.noise.to(device), request.prompt
+    numbers, prompt = request.numbers, request.prompt
+    state = numbers.state.to(device) if numbers.state.numel() else None
+    noise = numbers.noise.to(device)
     kept: dict[str, torch.Tensor] = {}
 
     def upload() -> None:
@@ -46,9 +47,9 @@ def stage_times(policy: FastPolicy, observation: Observation, *, steps: int, run
         kept['context'] = network.read(kept['visual'], prompt.embedded, prompt.bias)
 
     def dit() -> None:
-        kept['actions'] = network.decide(
+        kept['actions'] = network.physical(network.decide(
             kept['context'], prompt.bias, network.dit.modulations(request.schedule, state), noise,
-            request.schedule, steps)
+            request.schedule, steps))
 
     def download() -> None:
         result.copy_(kept['actions'], non_blocking=True)
@@ -56,7 +57,7 @@ def stage_times(policy: FastPolicy, observation: Observation, *, steps: int, run
     times, result = {}, None
     for stage in (upload, resize, vision, text, dit, download):
         if stage is download:
-            result = torch.empty(kept['actions'].shape, pin_memory=pinned)
+            result = torch.empty_like(kept['actions'], device='cpu', pin_memory=pinned)
         stage()
         run: Callable[[], None] = capture(stage) if graphs else stage
         run()
