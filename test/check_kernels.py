@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_runtime import observations
 from torch import nn
 
-from meanflow_ros.core import kernels
+from meanflow_ros.core import fp8, kernels
 from meanflow_ros.core.fused_encoder import window_order
 from meanflow_ros.core.policy import Policy
 from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions
@@ -121,6 +121,16 @@ def check_context():
     found('values', laid_values[..., :96], values.transpose(-1, -2))
 
 
+def check_fp8():
+    x = 2.0 ** torch.randint(-5, 9, (37, 80)) * (1 + torch.randint(8, (37, 80)) / 8)
+    x = (x.clamp(max=448) * torch.randint(-1, 2, x.shape)).index_fill(1, torch.tensor(5), 448)
+    x = x * 2.0 ** torch.arange(-18, 19)[:, None]   # rounding is not quite right if interpreted
+    values, scales = kernels.quantised(x)
+    found('values in fp8', values.float() * scales, x)
+    x = torch.randn(3, 2100).index_fill(0, torch.tensor(1), 0)
+    found('scales in fp8', kernels.quantised(x)[1], fp8.quantised(x)[1])
+
+
 def check_pictures():
     mean = torch.tensor([120.0, 110.0, 100.0])
     for height, width, size in ((60, 80, 28), (96, 70, 64), (20, 30, 48), (64, 64, 64)):
@@ -164,6 +174,6 @@ def check_policy():
 if __name__ == '__main__':
     torch.set_num_threads(1)
     for check in (check_products, check_attention, check_vision, check_tokens, check_context,
-                  check_pictures, check_policy):
+                  check_fp8, check_pictures, check_policy):
         check()
     json.dump(FOUND, sys.stdout)

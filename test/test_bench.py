@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import micro_policy
+from meanflow_ros.core import fp8
 from meanflow_ros.core.policy import Policy
 from meanflow_ros.evaluation.bench import command, device, plot, roofline, startup, subjects
 from meanflow_ros.evaluation.bench.flower import FlowerPath, hold_weights_as
@@ -97,6 +98,32 @@ def test_bench_writes_every_row_its_stages_and_its_checks(small, tmp_path, capsy
     assert fast['checks']['repeats_that_differ'] == 0 and fast['checks']['switches'] == 9
     assert 0 < fast['roofline_fraction'] < 1
     assert 'flower eager' in capsys.readouterr().out
+
+
+FP8 = ['--preset', 'tiny', '--runs', '2', '--nfe', '2', '--switches', '2', '--no-compile', '--fp8',
+       '--device', 'cpu', '--dtype', 'bfloat16', '--skip', 'start', 'ceilings', 'flower', '--rows',
+       'fast']
+
+
+def test_bench_tells_how_far_fp8_is_off_beside_the_row_without(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(fp8, 'why_not', lambda *_: '')
+    out = tmp_path / 'bench.json'
+    assert command.main([*FP8, '--out', str(out)]) == 0
+    without, row = json.loads(out.read_text())['rows']
+    assert (without['technique'], row['technique']) == ('fast eager', 'fast fp8')
+    assert (without['why_not_fp8'], row['why_not_fp8']) == ('fp8 was not asked for', '')
+    assert 0 < row['checks']['off_float32'] < 0.05
+    assert row['checks']['off_float32'] != without['checks']['off_float32']
+    assert 'work' in without and 'work' not in row
+
+
+def test_bench_says_why_there_is_no_row_of_fp8(small, tmp_path):
+    out = tmp_path / 'bench.json'
+    assert command.main([*FP8, '--out', str(out)]) == 1
+    found = json.loads(out.read_text())
+    assert found['problems'] == [
+        'own: fast fp8: fp8 is for bfloat16 on CUDA, not for torch.bfloat16 on cpu']
+    assert [row['technique'] for row in found['rows']] == ['fast eager']
 
 
 def test_a_part_that_fails_is_told_and_the_others_are_measured(small, tmp_path, capsys):

@@ -332,6 +332,15 @@ class GraphCache:
                 return ''
             return self._failed.get(shape, 'its graph is being captured')
 
+    def forget(self) -> None:
+        """Forget all graphs, those too that are being captured."""
+        with self._lock:
+            pending = list(self._pending.values())
+        for capture in pending:
+            capture.result()
+        with self._lock:
+            self._graphs.clear()
+
     def close(self) -> None:
         """Forget all graphs, and capture no more."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -39,9 +39,9 @@ class Placement:
         """Return the value to keep."""
         return value.detach().to(self.device, self.dtype).contiguous()
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> ConstantLinear:
         """Return a layer of this weight (out, in) and bias (out,)."""
-        layer = nn.Linear(*weight.shape[::-1], bias=bias is not None, device='meta')
+        layer = ConstantLinear(*weight.shape[::-1], bias=bias is not None, device='meta')
         layer.weight = nn.Parameter(self.kept(weight), requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(self.kept(bias), requires_grad=False)
@@ -58,6 +58,18 @@ class Placement:
             shifted = weight @ self.exact(shift)
             bias = shifted if bias is None else self.exact(bias) + shifted
         return weight * self.exact(norm.weight), bias
+
+
+class ConstantLinear(nn.Linear):
+    """A layer of a Placement, and what core/kernels.py makes one product with it."""
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Return GELU of the layer's output."""
+        return kernels.linear_gelu(x, self.weight, self.bias)
+
+    def onto(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Add what the layer gives, less its bias, to residual, and return it."""
+        return kernels.linear_onto(residual, x, self.weight)
 
 
 class DepthwiseConvolution(nn.Module):
@@ -188,14 +200,14 @@ class ChannelAttention(nn.Module):
 class ActivatedLinear(nn.Module):
     """A layer and the activation after it."""
 
-    def __init__(self, layer: nn.Linear, activation: nn.Module, place: Placement):
+    def __init__(self, layer: ConstantLinear, activation: nn.Module, place: Placement):
         super().__init__()
         self.layer, self.activation = layer, activation
         self.kernels = place.kernels and type(activation).__name__ == 'GELUActivation'
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernels:
-            return kernels.linear_gelu(x, self.layer.weight, self.layer.bias)
+            return self.layer.gelu(x)
         return self.activation(self.layer(x))
 
 
@@ -232,15 +244,15 @@ class VisionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                        # (N, H W, C)
         if self.kernels:
             x, normed = self._convolved(self.conv1, x, self.attention.proj)
-            x = kernels.linear_onto(x, self.attention.attend(normed), self.attention.proj.weight)
+            x = self.attention.proj.onto(x, self.attention.attend(normed))
             x, normed = self._convolved(self.conv2, x, self.mlp.fc2)
-            return kernels.linear_onto(x, self.mlp.fc1(normed), self.mlp.fc2.weight)
+            return self.mlp.fc2.onto(x, self.mlp.fc1(normed))
         x = self.conv1(x)
         x = x + self.attention(F.layer_norm(x, x.shape[-1:], eps=self.eps))
         x = self.conv2(x)
         return x + self.mlp(F.layer_norm(x, x.shape[-1:], eps=self.eps))
 
-    def _convolved(self, conv: DepthwiseShifts, x: Tensor, then: nn.Linear) -> tuple:
+    def _convolved(self, conv: DepthwiseShifts, x: Tensor, then: ConstantLinear) -> tuple:
         """Return the convolution of x, with the bias of the layer whose result is added to it."""
         return kernels.depthwise_norm(x, conv.weight, conv.bias, then.bias, conv.grid, self.eps)
 

@@ -27,6 +27,8 @@ ALL_TOKENS = 400       # of `channel_attention`: one program goes through so man
 PART = 256             # of them, where there are more
 MOST_TOKENS = 16 * PART
 EPS = 1e-6
+FP8_LARGEST = 448.0    # of float8_e4m3fn
+FP8_LEAST = 1e-30       # of a row's largest number, for its scale
 # Whether a kernel of the DiT may start, and fetch its weights, while the one before it runs
 # (programmatic dependent launch).
 START_EARLY = True
@@ -422,6 +424,17 @@ if triton is not None:
         tl.store(laid_values + (tl.program_id(0) * D + d[:, None]) * (count + VALUE_GAP)
                  + s[None, :], tl.trans(v), (s < count)[None, :])
 
+    @triton.jit
+    def _quantised(x, out, scales, rows, depth, LARGEST: tl.constexpr, LEAST: tl.constexpr,
+                   W: tl.constexpr, K: tl.constexpr):
+        row, k = tl.program_id(0) * W + tl.arange(0, W), tl.arange(0, K)
+        place, real = row[:, None] * depth + k[None, :], row < rows
+        there = real[:, None] & (k[None, :] < depth)
+        wide = tl.load(x + place, there, 0.0).to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(wide), 1), LEAST) / LARGEST
+        tl.store(out + place, (wide / scale[:, None]).to(out.dtype.element_ty), there)
+        tl.store(scales + row, scale, real)
+
 
 @functools.lru_cache
 def _early(device: torch.device) -> dict[str, bool]:
@@ -675,3 +688,15 @@ def linear_onto(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Add x @ weight.T to residual, as one product, and return it."""
     residual.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
     return residual
+
+
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows x (M, K) as float8_e4m3fn, and their scales (M, 1), as core/fp8.py does."""
+    (rows, depth), block = x.shape, _power(x.shape[1])
+    out = torch.empty(rows, depth, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, 1, device=x.device)
+    together = max(1, 1024 // block)
+    _quantised[(triton.cdiv(rows, together),)](
+        x, out, scales, rows, depth, LARGEST=FP8_LARGEST, LEAST=FP8_LEAST, W=together, K=block,
+        num_warps=8 if block > 2048 else 4)
+    return out, scales

@@ -76,10 +76,10 @@ def warm_up(policy: FastPolicy, sampler_steps: int) -> list[float]:
 
 
 def how_it_runs(policy: FastPolicy) -> dict[str, str]:
-    """Return why chunks are not computed by a CUDA graph, compiled blocks or kernels of ours."""
+    """Return why chunks are not computed by a CUDA graph, compiled blocks, our kernels or fp8."""
     return {what: why or 'yes' for what, why in (
         ('CUDA graph', policy.why_eager), ('compiled', policy.why_not_compiled),
-        ('kernels', policy.why_no_kernels),
+        ('kernels', policy.why_no_kernels), ('fp8', policy.why_not_fp8),
         ('action network as one kernel', policy.why_not_one_kernel))}
 
 

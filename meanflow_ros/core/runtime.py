@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from meanflow_ros.core import kernels
+from meanflow_ros.core import fp8, kernels
 from meanflow_ros.core.captured import (
     CudaGraphs, GraphCache, Numbers, Prompt, Request, lay_out, picture_shapes)
 from meanflow_ros.core.compiled import CompiledParts, keep_compiled_in, users_cache
@@ -37,6 +37,7 @@ PROMPTS_KEPT, SCHEDULES_KEPT = 64, 16
 CPU_INFO = Path('/proc/cpuinfo')
 BUCKET = 64   # tokens; a GPU's matrix products work in tiles of such sizes
 KERNEL_TOLERANCE = 0.05   # of chunks with and without our kernels, bfloat16, normalised units
+FP8_TOLERANCE = 0.1       # with and without fp8; the shipped policy's is 0.025 for black pictures
 Value = TypeVar('Value')
 
 
@@ -46,8 +47,9 @@ class RuntimeOptions:
 
     dtype: of weights and activations; the policy's own by default. graphs: capture CUDA graphs.
     kernels: use those of core/kernels.py. compile: compile the network's blocks when the policy is
-    warmed up, by torch.compile's `backend`. compile_cache: where what was compiled is. lengths:
-    of the sequence of visual tokens and prompt, ascending, which prompts are padded to; multiples
+    warmed up, by torch.compile's `backend`. compile_cache: where what was compiled is. fp8: put
+    the encoder's layers into fp8 when the policy is warmed up (core/fp8.py). lengths: of the
+    sequence of visual tokens and prompt, ascending, which prompts are padded to; multiples
     of 64 by default on a GPU, none on a CPU. threads: of a CPU; 0 takes PyTorch's own choice, but
     never more than this process may use.
     """
@@ -58,6 +60,7 @@ class RuntimeOptions:
     compile: bool = False
     backend: str | Callable = 'inductor'
     compile_cache: Path | None = None
+    fp8: bool = False
     lengths: tuple[int, ...] | None = None
     threads: int = 0
 
@@ -98,6 +101,11 @@ class FastPolicy(Policy):
         self._why_not_compiled = 'compilation was not asked for'
         if options.compile:
             self._why_not_compiled = 'the policy is not warmed up yet'
+        self._why_not_fp8 = (fp8.why_not(device, self.dtype) if options.fp8
+                             else 'fp8 was not asked for')
+        self._fp8_is_due = not self._why_not_fp8
+        if self._fp8_is_due:
+            self._why_not_fp8 = 'the policy is not warmed up yet'
         self._graphs, self._why_eager = None, f'there are no CUDA graphs on {device.type}'
         if device.type == 'cuda':
             self._why_eager = 'graphs were not asked for'
@@ -136,6 +144,11 @@ class FastPolicy(Policy):
         return self._why_no_kernels
 
     @property
+    def why_not_fp8(self) -> str:
+        """Return why the encoder's layers are not in fp8 (core/fp8.py); '' if they are."""
+        return self._why_not_fp8
+
+    @property
     def why_not_one_kernel(self) -> str:
         """Return why the action network takes many kernels (core/persistent.py); '' if one."""
         return self.fused.dit.why_apart
@@ -168,6 +181,8 @@ class FastPolicy(Policy):
         All lengths that a prompt can be padded to are made ready, and prefixes if the network
         takes them. steps: the checkpoint's own by default. Returns '' or why chunks will be eager.
         """
+        if self._fp8_is_due and self._graphs:
+            self._graphs.forget()   # they read weights that are about to go
         prefixes = [np.zeros((count, self.robot.action_space.size))
                     for count in (0, 1)[:1 + (self.config.max_prefix > 0)]]
         for some, prefix, index in itertools.product(
@@ -185,11 +200,14 @@ class FastPolicy(Policy):
         return self._why_eager
 
     def _prepare(self, request: Request) -> None:
-        """Try the kernels, then compile; what fails is left out, and its reason is kept."""
+        """Try the kernels, fp8, then compile; what fails is left out, and its reason is kept."""
         given = request.known   # other kernels do that
         if not self._why_no_kernels and given not in self._tried:
             self._tried.add(given)
             self._why_no_kernels = self._try_kernels(request)
+        if self._fp8_is_due:
+            self._fp8_is_due = False
+            self._why_not_fp8 = self._try_fp8(request)
         if not self._options.compile:
             return
         if self._compiled is None:
@@ -210,23 +228,39 @@ class FastPolicy(Policy):
         use(False, why_apart='kernels are being tried')
         expected = self._eager(request)
         use(True, why_apart=apart)
-        problem = self._off(request, expected)
+        tolerance = KERNEL_TOLERANCE if self._why_not_fp8 else FP8_TOLERANCE
+        problem = self._off(request, expected, 'the kernels', tolerance)
         if problem and not apart:
             use(True, why_apart=problem)
-            problem = self._off(request, expected)
+            problem = self._off(request, expected, 'the kernels', tolerance)
         if problem:
             use(False, why_apart=problem)
         return problem
 
-    def _off(self, request: Request, expected: np.ndarray) -> str:
+    def _try_fp8(self, request: Request) -> str:
+        """Return '' if fp8 gives nearly what there was before, else why not, and go back."""
+        product, problem = fp8.choose(self.device)
+        if product is None:
+            return problem
+        expected = self._eager(request)
+        layers = fp8.Fp8Layers(self.fused, product, kernels=not self._why_no_kernels)
+        problem = self._off(request, expected, 'fp8', FP8_TOLERANCE) or layers.problem()
+        if problem:
+            layers.undo()
+        del layers
+        if self.device.type == 'cuda':
+            torch.cuda.empty_cache()   # of what is not used any more
+        return problem
+
+    def _off(self, request: Request, expected: np.ndarray, what: str, tolerance: float) -> str:
         """Return '' if an eager run gives what is expected, else what is wrong."""
         try:
             difference = self.fused.off(self._eager(request), expected)
         except Exception as error:  # what a compiler of kernels or a driver says
-            return f'a kernel failed: {type(error).__name__}: {error}'
-        if difference <= KERNEL_TOLERANCE:
+            return f'{what} failed: {type(error).__name__}: {error}'
+        if difference <= tolerance:
             return ''
-        return f'chunks were {difference:.2g} off with the kernels'
+        return f'chunks were {difference:.2g} off with {what}'
 
     @contextlib.contextmanager
     def from_pinned_memory(self, request: Request) -> Iterator[Callable[[], np.ndarray] | None]:

@@ -72,6 +72,8 @@ DECLARATIONS = (
                 minimum=0, maximum=256),
     Declaration('compile', False, "Compile the network's blocks, which can take minutes the first "
                 'time; the result is kept for the user.'),
+    Declaration('fp8', False, "Keep the encoder's weights in fp8 where the GPU multiplies that: "
+                'half their memory, chunks a little off; in bfloat16 only.'),
     Declaration('instruction', '', 'Instruction until one arrives on the topic; empty for none.'),
     Declaration('image_transport', 'raw', 'Subscribe to image_raw, or to image_raw/compressed.',
                 pattern='raw|compressed'),
@@ -112,6 +114,7 @@ class PolicyParameters:
     dtype: str
     threads: int
     compile: bool
+    fp8: bool
     instruction: str
     image_transport: str
     max_age_s: float

@@ -110,7 +110,8 @@ class PolicyNode(LifecycleNode):
             raise RuntimeError(LEFT)
         path = settings.checkpoint or default_checkpoint()
         policy = load(path, device=settings.device, dtype=settings.dtype, robot=settings.robot,
-                      options=RuntimeOptions(compile=settings.compile, threads=settings.threads))
+                      options=RuntimeOptions(compile=settings.compile, fp8=settings.fp8,
+                                             threads=settings.threads))
         latencies, robot = warm_up(policy, settings.sampler_steps), policy.robot
         self._ingest = Ingest(robot, default_instruction=settings.instruction, limits=IngestLimits(
             max_age_s=settings.max_age_s, max_ages_s=read_ages(settings.max_ages_s),

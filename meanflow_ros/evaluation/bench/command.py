@@ -87,18 +87,21 @@ class Bench:
         if arguments.dtype == 'float32':
             torch.backends.cudnn.allow_tf32 = False   # what is compared with it is exact too
         for technique in own_rows(policy, seen[0], arguments.nfe, options=options,
-                                  compiled=arguments.compile, wanted=self._wanted):
+                                  compiled=arguments.compile, fp8=arguments.fp8,
+                                  wanted=self._wanted):
             row, fast = self._measure(technique, seen[0]), technique.policy
             if technique.detailed:
                 row['why_not_compiled'] = fast.why_not_compiled
                 row['why_no_kernels'] = fast.why_no_kernels
                 row['why_not_one_kernel'] = fast.why_not_one_kernel
+                row['why_not_fp8'] = fast.why_not_fp8
                 if technique.nfe == arguments.nfe[0]:
                     row['checks'] = self._check(policy, fast, seen)
                 row['stages_ms'] = stage_times(fast, seen[0], steps=technique.nfe,
                                                runs=arguments.runs,
                                                graphs='graphed' in technique.name)
-                self._bound(policy, fast, row)
+                if fast.why_not_fp8:   # the bound is of the dtype's weights and products
+                    self._bound(policy, fast, row)
             self._write()
 
     def _measure(self, technique: Technique, example) -> dict[str, object]:
@@ -193,11 +196,11 @@ def line_of(row: dict) -> str:
     """Return a row of the printed table."""
     times = row['host_ms']
     busy = f'{row["gpu_busy_ms"]:9.3f} {row["kernels"]:8}' if 'kernels' in row else f'{"":18}'
-    return (f'{row["technique"]:28} {row["nfe"]:3} {times["p50"]:9.3f} {times["p95"]:9.3f} '
+    return (f'{row["technique"]:33} {row["nfe"]:3} {times["p50"]:9.3f} {times["p95"]:9.3f} '
             f'{times["p99"]:9.3f} {times["max"]:9.3f} {busy} {times["runs"]:5}')
 
 
-HEAD = (f'{"technique":28} {"NFE":>3} {"p50 ms":>9} {"p95":>9} {"p99":>9} {"max":>9} '
+HEAD = (f'{"technique":33} {"NFE":>3} {"p50 ms":>9} {"p95":>9} {"p99":>9} {"max":>9} '
         f'{"GPU busy":>9} {"kernels":>8} {"runs":>5}')
 
 
@@ -220,6 +223,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         default='bfloat16' if torch.cuda.is_available() else 'float32')
     parser.add_argument('--compile', action=argparse.BooleanOptionalAction, default=True,
                         help='measure compiled rows too; the default')
+    parser.add_argument('--fp8', action='store_true',
+                        help="measure a row with the encoder's layers in fp8 too")
     parser.add_argument('--threads', type=int, default=0, help="of a CPU; 0: PyTorch's choice")
     parser.add_argument('--runs', type=int, default=1000, help='timed, of each row; default 1000')
     parser.add_argument('--row-seconds', type=float, default=150.0,

@@ -47,6 +47,7 @@ def main(argv=None) -> int:
     parser.add_argument('--dtype', default='float32')
     parser.add_argument('--cache', type=Path)
     parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--fp8', action='store_true')
     arguments = parser.parse_args(argv)
     import torch
 
@@ -56,7 +57,8 @@ def main(argv=None) -> int:
     imported = time.perf_counter()
     policy = FastPolicy.load(arguments.checkpoint, device=arguments.device,
                              dtype=DTYPES[arguments.dtype], options=RuntimeOptions(
-                                 compile=arguments.compile, compile_cache=arguments.cache))
+                                 compile=arguments.compile, fp8=arguments.fp8,
+                                 compile_cache=arguments.cache))
     loaded = time.perf_counter()
     observation = observations(policy.robot, 1)[0]
     why_eager = policy.warm_up(observation)
@@ -66,7 +68,7 @@ def main(argv=None) -> int:
               'warm_up_s': round(warm - loaded, 2),
               'first_chunk_s': round(time.perf_counter() - BEGIN, 2), 'why_eager': why_eager,
               'why_not_compiled': policy.why_not_compiled, 'why_no_kernels': policy.why_no_kernels,
-              'why_not_one_kernel': policy.why_not_one_kernel,
+              'why_not_one_kernel': policy.why_not_one_kernel, 'why_not_fp8': policy.why_not_fp8,
               'host_peak_mib': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
     if policy.device.type == 'cuda':
         result |= {'gpu_peak_mib': round(torch.cuda.max_memory_allocated() / 2**20),

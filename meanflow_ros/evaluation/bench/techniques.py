@@ -56,8 +56,12 @@ def flower_rows(policy: Policy, example: Observation, *, compiled: bool,
 
 
 def own_rows(policy: Policy, example: Observation, nfe: Sequence[int], *, compiled: bool,
-             options: RuntimeOptions, wanted: Callable[[str], bool]) -> Iterator[Technique]:
-    """Yield Policy and FastPolicy: eager, then FastPolicy graphed, compiled, and with kernels."""
+             fp8: bool, options: RuntimeOptions,
+             wanted: Callable[[str], bool]) -> Iterator[Technique]:
+    """Yield Policy and FastPolicy: eager, then FastPolicy graphed, compiled, and with kernels.
+
+    fp8: a row more with it; RuntimeError says why if it cannot be had.
+    """
     for steps in sorted({STEPS, nfe[0]}, reverse=True) if wanted('policy eager') else ():
         yield Technique(name='policy eager', nfe=steps, act=_at(policy, steps))
     gpu = policy.device.type == 'cuda'
@@ -70,11 +74,17 @@ def own_rows(policy: Policy, example: Observation, nfe: Sequence[int], *, compil
             plain, graphs=gpu, compile=True)
     if gpu:
         rows['fast graphed with kernels'] = dataclasses.replace(plain, graphs=True, kernels=True)
+    if fp8:
+        rows['fast graphed with kernels and fp8' if gpu else 'fast fp8'] = dataclasses.replace(
+            plain, graphs=gpu, kernels=gpu, fp8=True)
     for name, chosen in rows.items():
         if not wanted(name):
             continue
         fast = FastPolicy(policy, options=chosen)
         fast.warm_up(example, nfe)
+        if chosen.fp8 and fast.why_not_fp8:
+            fast.close()
+            raise RuntimeError(f'{name}: {fast.why_not_fp8}')
         for steps in nfe if chosen.graphs or not gpu else nfe[:1]:
             yield Technique(name=name, nfe=steps, act=_at(fast, steps), policy=fast,
                             detailed=not gpu or chosen.compile or chosen.kernels)
