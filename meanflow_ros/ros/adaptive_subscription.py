@@ -10,26 +10,33 @@ is used as it is.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 from rclpy.node import Node
 from rclpy.qos import ReliabilityPolicy, qos_profile_sensor_data
 from rclpy.qos_overriding_options import QoSOverridingOptions
 
+from meanflow_ros.ros.receiving import Receiver
+
 
 class AdaptiveSubscription:
     """Subscribes to one topic; `adapt`, called now and then, follows what publishers offer.
 
-    serialized: the callback gets the message's bytes (CDR) instead of the message.
+    serialized: the callback gets the message's bytes (CDR) instead of the message. receiver: what
+    takes the messages; the node's executor by default, and always where quality of service is
+    given, since only that tells of one that no publisher offers.
     """
 
     def __init__(self, node: Node, kind, topic: str, callback: Callable, *,
-                 serialized: bool = False):
+                 serialized: bool = False, receiver: Receiver | None = None):
         self._node, self._kind, self._topic, self._callback = node, kind, topic, callback
-        self._serialized = serialized
+        self._serialized, self._receiver = serialized, receiver
         self._name = node.resolve_topic_name(topic)
         given = f'qos_overrides.{self._name}.subscription.'
         self._overridden = any(name.startswith(given) for name in node._parameter_overrides)
+        if self._overridden:
+            self._receiver = None
         self._reliability = self._offered()
         self._subscription = self._subscribe()
 
@@ -38,11 +45,13 @@ class AdaptiveSubscription:
         reliability = self._offered()
         if not self._overridden and reliability != self._reliability:
             self._reliability = reliability
-            self._node.destroy_subscription(self._subscription)
+            self.destroy()
             self._subscription = self._subscribe()
 
     def destroy(self) -> None:
         """End the subscription."""
+        if self._receiver:
+            self._receiver.remove(self._subscription)
         self._node.destroy_subscription(self._subscription)
 
     def _offered(self) -> ReliabilityPolicy:
@@ -54,6 +63,9 @@ class AdaptiveSubscription:
     def _subscribe(self):
         profile = copy.copy(qos_profile_sensor_data)
         profile.reliability = self._reliability
+        subscribe = functools.partial(self._node.create_subscription, self._kind, self._topic,
+                                      self._callback, profile, raw=self._serialized)
+        if self._receiver:
+            return self._receiver.subscribed(subscribe)
         options = QoSOverridingOptions.with_default_policies() if self._overridden else None
-        return self._node.create_subscription(self._kind, self._topic, self._callback, profile,
-                                              raw=self._serialized, qos_overriding_options=options)
+        return subscribe(qos_overriding_options=options)

@@ -40,6 +40,7 @@ from meanflow_ros.ros import parameters, to_messages
 from meanflow_ros.ros.adaptive_subscription import AdaptiveSubscription
 from meanflow_ros.ros.ingest import COMPRESSED_IMAGE, IMAGE, Ingest, ahead_or_back
 from meanflow_ros.ros.motion_control import MotionControl
+from meanflow_ros.ros.receiving import Receiver
 from meanflow_ros.ros.starting import initialize
 from meanflow_ros.ros.status import Status
 from meanflow_ros.ros.streams import CLOCK, IngestLimits, NoObservation, read_ages
@@ -66,6 +67,7 @@ class PolicyNode(LifecycleNode):
         self._thread: threading.Thread | None = None
         self._left: tuple[threading.Thread, FastPolicy] | None = None  # still in the network
         self._sensors: list[AdaptiveSubscription] = []
+        self._receiver: Receiver | None = None
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix='decode')
         self._status = Status()
         self._inferring_since_s: float | None = None
@@ -135,17 +137,20 @@ class PolicyNode(LifecycleNode):
             self.get_logger().info(f'{what}: {why}')
 
     def _connect(self, settings: parameters.PolicyParameters) -> None:
+        if not self.get_clock().ros_time_is_active:   # else in the order of /clock's messages
+            self._receiver = Receiver(self, self._on_receiving_failed)
+        subscribe = functools.partial(AdaptiveSubscription, self, serialized=True,
+                                      receiver=self._receiver)
         if self._policy.robot.state_names:
-            self._sensors.append(AdaptiveSubscription(
-                self, JointState, 'joint_states', self._on_joint_state, serialized=True))
+            self._sensors.append(subscribe(JointState, 'joint_states', self._on_joint_state))
         kind, type_name, suffix = {
             'raw': (Image, IMAGE, ''),
             'compressed': (CompressedImage, COMPRESSED_IMAGE, '/compressed'),
         }[settings.image_transport]
         for name in self._policy.robot.camera_names:
-            self._sensors.append(AdaptiveSubscription(
-                self, kind, f'camera/{name}/image_raw{suffix}',
-                functools.partial(self._on_picture, name, type_name), serialized=True))
+            self._sensors.append(subscribe(
+                kind, f'camera/{name}/image_raw{suffix}',
+                functools.partial(self._on_picture, name, type_name)))
         # The first hears what was published before the node started, the second also publishers
         # that keep nothing (`ros2 topic pub`, most tools), which the first may not be matched to.
         self._heard: bytes | None = None
@@ -209,6 +214,9 @@ class PolicyNode(LifecycleNode):
                 self.destroy_subscription(subscription)
         while self._sensors:
             self._sensors.pop().destroy()
+        if self._receiver is not None:
+            self._receiver.end()
+            self._receiver = None
         self._status = Status()
         if self._left is not None:
             self._status.reason = LEFT
@@ -263,6 +271,10 @@ class PolicyNode(LifecycleNode):
             if self._ingest.newest_common_ns() not in (None, self._status.last_stamp_ns):
                 self._inputs.notify()
             return True
+
+    def _on_receiving_failed(self, error: Exception) -> None:
+        with self._inputs:
+            self._fail('input failed', error)
 
     def _on_instruction(self, data: bytes) -> None:
         with self._inputs:
@@ -354,7 +366,7 @@ class PolicyNode(LifecycleNode):
         last_ns = self._status.last_stamp_ns
         if last_ns is not None and observation.stamp_ns <= last_ns:
             return None
-        if not self._control.wants_chunk(now_ns, self._status.latency_ns()):
+        if not self._control.wants_chunk(now_ns, self._status.latency_ns):
             return None
         self._status.last_stamp_ns = observation.stamp_ns
         return observation

@@ -2,8 +2,9 @@
 
 For every message an executor of rclpy goes through all that a node has, in Python: half a
 millisecond, for which the thread that waits for the message cannot run either. Here a message
-takes what the wait set and the callback take. The executor leaves these subscriptions alone, but
-for their events (an incompatible quality of service).
+takes what the wait set and the callback take. The executor leaves these subscriptions alone. Nor
+does it hear of their events (an incompatible quality of service): with Fast DDS what waits for
+those wakes for messages too, again and again until somebody takes them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 
 from rclpy.callback_groups import CallbackGroup
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.guard_condition import GuardCondition
 from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.node import Node
@@ -27,10 +29,10 @@ class _NotTheExecutors(CallbackGroup):
     """Of subscriptions whose messages no executor takes."""
 
     def can_execute(self, entity) -> bool:
-        return not isinstance(entity, Subscription)
+        return False
 
     def beginning_execution(self, entity) -> bool:
-        return True
+        return False
 
     def ending_execution(self, entity) -> None:
         pass
@@ -39,11 +41,11 @@ class _NotTheExecutors(CallbackGroup):
 class Receiver:
     """Calls the callbacks of its subscriptions, one message after the other.
 
-    A subscription is created in its `group`, and then added. failed: gets what a callback raises.
+    failed: gets what a callback raises.
     """
 
     def __init__(self, node: Node, failed: Callable[[Exception], None]):
-        self.group, self._failed, self._context = _NotTheExecutors(), failed, node.context
+        self._group, self._failed, self._context = _NotTheExecutors(), failed, node.context
         self._lock = threading.Lock()
         self._subscriptions: list[Subscription] = []
         self._changed = GuardCondition(None, None, node.context)
@@ -51,11 +53,18 @@ class Receiver:
         self._thread = threading.Thread(target=self._run, daemon=True, name='receive')
         self._thread.start()
 
-    def add(self, subscription: Subscription) -> None:
-        """Take its messages from now on."""
+    def subscribed(self, subscribe: Callable[..., Subscription]) -> Subscription:
+        """Return a subscription whose messages are taken from now on.
+
+        subscribe: creates it, with what is missing of `Node.create_subscription`'s arguments.
+        """
+        subscription = subscribe(
+            callback_group=self._group,
+            event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False))
         with self._lock:
             self._subscriptions = [*self._subscriptions, subscription]
         self._changed.trigger()
+        return subscription
 
     def remove(self, subscription: Subscription) -> None:
         """Take no more of them: to be called before it is destroyed."""
@@ -97,7 +106,7 @@ class Receiver:
                 wait_set.wait(CHECK_NS)
                 ready = wait_set.get_ready_entities('subscription')
                 for one in subscriptions:
-                    if one.handle.pointer in ready:
+                    if one.handle.pointer in ready and subscriptions is self._subscriptions:
                         taken = one.handle.take_message(one.msg_type, one.raw)
                         if taken is not None:
                             one.callback(taken[0])

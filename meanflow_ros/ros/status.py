@@ -19,13 +19,14 @@ class Status:
         self.last_stamp_ns: int | None = None
         self.discarded = 0
         self.chunks = 0
+        self.latency_ns = 0               # the network's median so far
         self._latencies_s = deque(maxlen=1000)
         self._published_at = deque(maxlen=1000)
 
     def begin(self) -> None:
         """Begin new statistics."""
         self.reason, self.last_stamp_ns = None, None
-        self.chunks = self.discarded = 0
+        self.chunks = self.discarded = self.latency_ns = 0
         self._published_at.clear()
         self._latencies_s.clear()
 
@@ -43,13 +44,10 @@ class Status:
         """Count a chunk; return the logged reason that held chunks back before, if any."""
         self.chunks += 1
         self._latencies_s.append(latency_s)
+        self.latency_ns = round(np.median(self._latencies_s) * 1e9)
         self._published_at.append(time.monotonic())
         reason, self.reason = self.reason, None
         return reason if self._reason_logged else None
-
-    def latency_ns(self) -> int:
-        """Return the median latency of the network so far, 0 before the first chunk."""
-        return round(np.median(self._latencies_s) * 1e9) if self._latencies_s else 0
 
     def rate_hz(self) -> float:
         """Return the chunks per second of the last 5 s, by the wall clock."""

@@ -3,14 +3,18 @@
 The policy node is a process of its own; this one publishes 640x480 pictures of every camera and
 the joint state, and notes when the chunk that answers them arrives: either when the chunk before
 has come, or at a rate for as long as asked. Clocks start: `first` just before the first picture's
-publish(), `last` just before the last one's, when the observation can be complete. The model's
-own time is the node's, from /diagnostics.
+publish(), `last` just before the last one's, when the observation can be complete. Pictures are
+serialised before that, since a camera's driver is no Python. The model's own time is the node's,
+from /diagnostics.
 """
 
 from __future__ import annotations
 
 import array
+import functools
+import struct
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -18,8 +22,8 @@ import cv2
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile
+from rclpy.serialization import deserialize_message, serialize_message
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
@@ -31,8 +35,9 @@ from meanflow_ros.core.policy import read_config
 from meanflow_ros.evaluation.bench.device import summary
 from meanflow_ros.evaluation.system import POLICY, NodeProcess
 from meanflow_ros.ros import from_messages, to_messages
+from meanflow_ros.ros.receiving import Receiver
 
-START_S, ANSWER_S = 300.0, 2.0
+START_S, ANSWER_S, RESET_S = 300.0, 2.0, 10.0
 WARM_UP_TRIPS = 20
 PICTURES = 4          # published in turn
 SLICES = 5            # of a long run, compared with each other
@@ -43,14 +48,15 @@ class Feeder:
 
     def __init__(self, node, robot: RobotSpec, width: int, height: int, *, compressed: bool):
         self._node, self._robot = node, robot
-        self._executor = SingleThreadedExecutor()  # rclpy.spin_once adds the node each time
-        self._executor.add_node(node)
+        self._news, self._faults = threading.Condition(), []
+        self._receiver = Receiver(node, self._faults.append)
         self.arrived: dict[int, float] = {}
         self.statistics: dict[str, str] = {}
         random = np.random.default_rng(0)
         small = random.integers(0, 256, (PICTURES, height // 8, width // 8, 3), dtype=np.uint8)
         make = _compressed if compressed else _raw
-        self._pictures = [make(cv2.resize(picture, (width, height))) for picture in small]
+        self._pictures = [serialize_message(make(cv2.resize(picture, (width, height))))
+                          for picture in small]
         kind, suffix = (CompressedImage, '/compressed') if compressed else (Image, '')
         self._cameras = [node.create_publisher(kind, f'camera/{name}/image_raw{suffix}', 5)
                          for name in robot.camera_names]
@@ -58,17 +64,25 @@ class Feeder:
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         node.create_publisher(String, 'instruction', latched).publish(
             String(data='open the faucet'))
-        node.create_subscription(JointTrajectory, 'action_chunk', self._on_chunk, 10)
-        node.create_subscription(DiagnosticArray, '/diagnostics', self._on_diagnostics, 10)
+        for kind, topic, callback in ((JointTrajectory, 'action_chunk', self._on_chunk),
+                                      (DiagnosticArray, '/diagnostics', self._on_diagnostics)):
+            self._receiver.subscribed(functools.partial(
+                node.create_subscription, kind, topic, callback, 10, raw=True))
         self._reset = node.create_client(Trigger, f'{POLICY}/reset')
 
-    def _on_chunk(self, message) -> None:
-        self.arrived[from_messages.time_ns(message.header.stamp)] = time.perf_counter()
+    def _on_chunk(self, data: bytes) -> None:
+        now = time.perf_counter()
+        stamp = deserialize_message(data, JointTrajectory).header.stamp
+        with self._news:
+            self.arrived[from_messages.time_ns(stamp)] = now
+            self._news.notify_all()
 
-    def _on_diagnostics(self, message) -> None:
-        for status in message.status:
+    def _on_diagnostics(self, data: bytes) -> None:
+        for status in deserialize_message(data, DiagnosticArray).status:
             if POLICY in status.name:
-                self.statistics = {pair.key: pair.value for pair in status.values}
+                with self._news:
+                    self.statistics = {pair.key: pair.value for pair in status.values}
+                    self._news.notify_all()
 
     def publish(self, number: int) -> tuple[int, float, float]:
         """Publish one set; return its stamp, and when its first and its last picture went out."""
@@ -80,8 +94,7 @@ class Feeder:
         self._joints.publish(joints)
         starts = []
         for index, camera in enumerate(self._cameras):
-            picture = self._pictures[(number + index) % PICTURES]
-            picture.header.stamp = stamp
+            picture = _stamped(self._pictures[(number + index) % PICTURES], stamp)
             starts.append(time.perf_counter())
             camera.publish(picture)
         return stamp_ns, starts[0], starts[-1]
@@ -90,13 +103,26 @@ class Feeder:
         """Begin new statistics in the node; it publishes the old ones first."""
         self.statistics = {}
         future = self._reset.call_async(Trigger.Request())
-        self.wait(lambda: future.done() and 'chunks' in self.statistics, 10.0)
+        rclpy.spin_until_future_complete(self._node, future, timeout_sec=RESET_S)
+        self.wait(lambda: 'chunks' in self.statistics, RESET_S)
+
+    def end(self) -> None:
+        """Receive nothing more."""
+        self._receiver.end()
 
     def wait(self, condition, timeout_s: float) -> None:
-        """Spin until the condition holds or the time is over."""
+        """Return once the condition holds or time is over; RuntimeError if receiving failed."""
         deadline = time.monotonic() + timeout_s
-        while not condition() and time.monotonic() < deadline:
-            self._executor.spin_once(timeout_sec=min(0.05, max(0.0, deadline - time.monotonic())))
+        with self._news:
+            while not condition() and (left_s := deadline - time.monotonic()) > 0:
+                self._news.wait(min(0.5, left_s))
+        if self._faults:
+            raise RuntimeError(f'receiving failed: {self._faults[0]}')
+
+
+def _stamped(picture: bytes, stamp) -> bytes:
+    """Return a serialised message with another stamp, which is the first of its numbers."""
+    return picture[:4] + struct.pack('=iI', stamp.sec, stamp.nanosec) + picture[12:]
 
 
 def _raw(picture: np.ndarray) -> Image:
@@ -125,8 +151,8 @@ def measure_node(checkpoint: Path, *, device: str, width: int, height: int, thre
                               'checkpoint': checkpoint, 'device': device, 'threads': threads,
                               'image_transport': 'compressed' if compressed else 'raw',
                               'picture_size': 'any', 'autostart': True})
+    feeder = Feeder(rclpy.create_node('bench'), robot, width, height, compressed=compressed)
     try:
-        feeder = Feeder(rclpy.create_node('bench'), robot, width, height, compressed=compressed)
         feeder.wait(lambda: process.check() or feeder.statistics.get('state') == 'active', START_S)
         found: dict[str, object] = {
             'pictures': f'{len(robot.cameras)} x {width}x{height} '
@@ -136,6 +162,7 @@ def measure_node(checkpoint: Path, *, device: str, width: int, height: int, thre
             found['at_rate'] = _at_rate(feeder, process, rate_hz, minutes)
     finally:
         process.stop()
+        feeder.end()
         rclpy.try_shutdown()
     return found
 
