@@ -1,6 +1,5 @@
 """The policy: observation to chunk, and the checkpoint directory."""
 
-import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -11,14 +10,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import initialization
 
 from meanflow_ros.core.contract import ActionSpace, CameraSpec, Observation, RobotSpec
 from meanflow_ros.core.dit import DiTConfig, dit_preset
 from meanflow_ros.core.encoder import EncoderConfig, encoder_preset, train_tokenizer
 from meanflow_ros.core.guard import Guard
 from meanflow_ros.core.normalize import Normalizer
-from meanflow_ros.core.policy import CheckpointError, Policy, PolicyConfig, PolicyNetwork
+from meanflow_ros.core.policy import (
+    CheckpointError, NoRandomWeights, Policy, PolicyConfig, PolicyNetwork)
 
 torch.set_num_threads(1)
 
@@ -203,6 +202,30 @@ def test_a_loaded_policy_gives_the_same_bits(policy, saved):
         np.testing.assert_array_equal(loaded.act(an_observation(), steps=steps).actions,
                                       policy.act(an_observation(), steps=steps).actions)
     assert yaml.safe_load((saved / 'policy.yaml').read_text())['format'] == 1
+
+
+@pytest.mark.parametrize('name', ['uniform_', 'normal_', 'trunc_normal_', 'xavier_uniform_',
+                                  'xavier_normal_', 'kaiming_uniform_', 'kaiming_normal_'])
+def test_weights_that_will_be_read_are_not_drawn_before(name):
+    value, state = torch.full((7, 5), 0.37), torch.get_rng_state()
+    draw = getattr(torch.nn.init, name)
+    with NoRandomWeights():
+        draw(value)
+        torch.empty(3).random_()
+        torch.randn(2, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    if name != 'trunc_normal_':     # the others only draw
+        assert (value == 0.37).all()
+    draw(value)
+    assert not torch.equal(torch.get_rng_state(), state) and value.std() > 0
+
+
+def test_loading_draws_nothing(saved):
+    state = torch.get_rng_state()
+    Policy.load(saved)
+    assert torch.equal(torch.get_rng_state(), state)
+    PolicyNetwork(CONFIG, train_tokenizer(['open it'], vocab_size=300))
+    assert not torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_policy_saved_twice_is_the_same_files(saved, tmp_path):
@@ -400,18 +423,6 @@ def test_the_shipped_policy_loads_is_small_and_acts_within_its_limits():
     assert len(Guard(robot).check(chunk, now_ns=10**18).timed.actions) == robot.horizon
 
 
-@contextlib.contextmanager
-def no_initialization():
-    """Leave new weights as the allocator gives them: untouched pages take no time or memory."""
-    with contextlib.ExitStack() as stack:
-        for name in ('uniform_', 'normal_', 'kaiming_uniform_', 'trunc_normal_',
-                     'xavier_uniform_'):
-            stack.enter_context(mock.patch.object(torch.nn.init, name,
-                                                  lambda tensor, *_, **__: tensor))
-        stack.enter_context(initialization.no_init_weights())
-        yield
-
-
 def test_the_full_size_policy_acts():
     """Florence-2-large and the DiT of FLOWER, 928 M weights, two cameras of 224 pixels."""
     size = 7
@@ -423,7 +434,7 @@ def test_the_full_size_policy_acts():
         robot=robot, encoder=encoder_preset('large'), state_normalizer=CONFIG.state_normalizer,
         action_normalizer=Normalizer(low=[-1.1] * size, high=[0.9] * size),
         dit=dit_preset('large', {'eef_delta': size}, {'eef_delta': 2}))
-    with no_initialization():
+    with NoRandomWeights():     # untouched pages take no time or memory
         network = PolicyNetwork(config, train_tokenizer(['open it']))
     assert sum(parameter.numel() for parameter in network.parameters()) > 900e6
     # every weight is a view of one random pool: the full forward pass in little memory

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meanflow_ros.core import meanflow
 from meanflow_ros.core.contract import (
@@ -317,12 +318,25 @@ class Policy:
         except Exception as error:  # tokenizers raises a bare Exception for any bad file
             raise CheckpointError(f'{directory / "tokenizer.json"}: {error}') from None
         try:
-            network = PolicyNetwork(config, tokenizer)
+            with NoRandomWeights():
+                network = PolicyNetwork(config, tokenizer)
         except Exception as error:  # bad sizes raise errors of many kinds, transformers' own too
             raise CheckpointError(f'{directory / "policy.yaml"}: no network can be built '
                                   f'from these sizes: {error}') from None
         _load_weights(network, directory / 'model.safetensors')
         return cls(config, network.to(device), dtype=dtype)
+
+
+class NoRandomWeights(TorchDispatchMode):
+    """Networks made in here keep the memory that they got as it is: weights are to be read.
+
+    It stands below torch.nn.init, which hides from a TorchFunctionMode what it calls.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded not in function.tags:
+            return function(*args, **(kwargs or {}))
+        return args[0] if isinstance(args[0], Tensor) else torch.empty(*args, **(kwargs or {}))
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

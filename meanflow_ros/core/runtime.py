@@ -20,7 +20,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from meanflow_ros.core import kernels
 from meanflow_ros.core.captured import (
@@ -109,8 +108,7 @@ class FastPolicy(Policy):
              dtype: torch.dtype = torch.float32,
              options: RuntimeOptions = RuntimeOptions()) -> 'FastPolicy':
         """Read a checkpoint as Policy.load does; what is compiled is kept for the user."""
-        with NoRandomWeights():
-            policy = Policy.load(directory, dtype=dtype)
+        policy = Policy.load(directory, dtype=dtype)
         if options.compile_cache is None:
             options = dataclasses.replace(options, compile_cache=users_cache())
         return cls(policy, device=device, options=options)
@@ -342,15 +340,6 @@ class Recent(dict[Hashable, Value]):
         if len(self) > self._limit:
             del self[next(iter(self))]
         return value
-
-
-class NoRandomWeights(TorchFunctionMode):
-    """Networks made in here keep the memory that they got as it is: weights are to be read."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (Tensor.uniform_, Tensor.normal_):
-            return args[0]
-        return function(*args, **(kwargs or {}))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
