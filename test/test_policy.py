@@ -294,6 +294,22 @@ def test_wrong_weights_are_named(checkpoint, change, words):
     refused(checkpoint, 'model.safetensors', *words)
 
 
+@pytest.mark.parametrize('stored', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), float('-inf')])
+@pytest.mark.parametrize('place', [0, 37, -1])
+def test_a_weight_that_is_no_number_is_found_wherever_it_is(checkpoint, stored, bad, place):
+    def spoil(weights):
+        weights.update({name: value.to(stored) for name, value in weights.items()})
+        weights[FIRST].fill_(torch.finfo(stored).max).view(-1)[place] = bad
+    change_weights(checkpoint, spoil)
+    refused(checkpoint, FIRST, 'NaN or infinite')
+
+
+def test_the_largest_weights_are_no_reason_to_refuse(checkpoint):
+    change_weights(checkpoint, put(FIRST, lambda w: torch.full_like(w, torch.finfo().max)))
+    Policy.load(checkpoint)
+
+
 def test_a_missing_and_an_unknown_tensor_are_both_named(checkpoint):
     change_weights(checkpoint, lambda w: w.update({'dit.renamed': w.pop(FIRST)}))
     refused(checkpoint, FIRST, 'dit.renamed')
