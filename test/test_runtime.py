@@ -175,6 +175,15 @@ def test_the_policy_that_it_is_made_from_is_not_changed(policy):
                for name, value in policy.network.state_dict().items())
 
 
+def test_nothing_of_the_policy_that_it_is_made_from_is_used_later():
+    policy = a_policy(h_in='adaln_last_third')
+    fast, observation = FastPolicy(policy), observations(policy.robot)[0]
+    expected = FastPolicy(policy).act(observation, steps=3).actions
+    for value in policy.network.state_dict().values():
+        value.zero_()
+    np.testing.assert_array_equal(fast.act(observation, steps=3).actions, expected)
+
+
 def test_the_noise_that_is_given_is_where_the_flow_starts(policy, fast):
     observation, noise = observations(policy.robot)[0], torch.randn(1, 7, 3) * 0.31
     assert off(policy, fast, observation, noise=noise, steps=3) < 1e-5

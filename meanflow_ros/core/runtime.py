@@ -64,8 +64,7 @@ class RuntimeOptions:
 class FastPolicy(Policy):
     """A Policy with the same interface and results; made from one, which it does not change.
 
-    It holds no weights of the policy but those that it uses as they are. Use it from one thread
-    at a time.
+    What it holds of the policy's weights are copies. Use it from one thread at a time.
     """
 
     def __init__(self, policy: Policy, *, device: torch.device | str | None = None,
