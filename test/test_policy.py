@@ -228,6 +228,24 @@ def test_loading_draws_nothing(saved):
     assert not torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('stored', [torch.float32, torch.bfloat16])
+def test_weights_are_float32_unless_they_are_asked_for_as_they_are_stored(
+        policy, tmp_path, monkeypatch, stored, whole):
+    monkeypatch.setattr('meanflow_ros.core.policy.SMALL_FILE_BYTES', 2**26 if whole else 0)
+    policy.save(tmp_path, dtype=stored)
+    change_weights(tmp_path, put(FIRST, lambda w: w.half()))    # as float32: it is neither
+    loaded, raw = Policy.load(tmp_path), Policy.load(tmp_path, as_stored=True)
+    other = raw.network.state_dict()
+    for name, value in loaded.network.state_dict().items():
+        assert value.dtype == torch.float32
+        assert other[name].dtype == (torch.float32 if name == FIRST else stored)
+        assert torch.equal(value, other[name].float())
+    assert not any(value.requires_grad for value in raw.network.parameters())
+    torch.testing.assert_close(dict(raw.network.named_buffers()),
+                               dict(loaded.network.named_buffers()), check_dtype=False)
+
+
 def test_a_policy_saved_twice_is_the_same_files(saved, tmp_path):
     Policy.load(saved).save(tmp_path / 'again')
     for path in saved.iterdir():

@@ -107,7 +107,7 @@ class FastPolicy(Policy):
              dtype: torch.dtype = torch.float32,
              options: RuntimeOptions = RuntimeOptions()) -> 'FastPolicy':
         """Read a checkpoint as Policy.load does; what is compiled is kept for the user."""
-        policy = Policy.load(directory, dtype=dtype)
+        policy = Policy.load(directory, dtype=dtype, as_stored=True)
         if options.compile_cache is None:
             options = dataclasses.replace(options, compile_cache=users_cache())
         return cls(policy, device=device, options=options)
