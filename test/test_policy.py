@@ -1,6 +1,5 @@
 """The policy: observation to chunk, and the checkpoint directory."""
 
-import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -11,14 +10,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import initialization
 
 from meanflow_ros.core.contract import ActionSpace, CameraSpec, Observation, RobotSpec
 from meanflow_ros.core.dit import DiTConfig, dit_preset
 from meanflow_ros.core.encoder import EncoderConfig, encoder_preset, train_tokenizer
 from meanflow_ros.core.guard import Guard
 from meanflow_ros.core.normalize import Normalizer
-from meanflow_ros.core.policy import CheckpointError, Policy, PolicyConfig, PolicyNetwork
+from meanflow_ros.core.policy import (
+    CheckpointError, NoRandomWeights, Policy, PolicyConfig, PolicyNetwork)
 
 torch.set_num_threads(1)
 
@@ -205,6 +204,48 @@ def test_a_loaded_policy_gives_the_same_bits(policy, saved):
     assert yaml.safe_load((saved / 'policy.yaml').read_text())['format'] == 1
 
 
+@pytest.mark.parametrize('name', ['uniform_', 'normal_', 'trunc_normal_', 'xavier_uniform_',
+                                  'xavier_normal_', 'kaiming_uniform_', 'kaiming_normal_'])
+def test_weights_that_will_be_read_are_not_drawn_before(name):
+    value, state = torch.full((7, 5), 0.37), torch.get_rng_state()
+    draw = getattr(torch.nn.init, name)
+    with NoRandomWeights():
+        draw(value)
+        torch.empty(3).random_()
+        torch.randn(2, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    if name != 'trunc_normal_':     # the others only draw
+        assert (value == 0.37).all()
+    draw(value)
+    assert not torch.equal(torch.get_rng_state(), state) and value.std() > 0
+
+
+def test_loading_draws_nothing(saved):
+    state = torch.get_rng_state()
+    Policy.load(saved)
+    assert torch.equal(torch.get_rng_state(), state)
+    PolicyNetwork(CONFIG, train_tokenizer(['open it'], vocab_size=300))
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('stored', [torch.float32, torch.bfloat16])
+def test_weights_are_float32_unless_they_are_asked_for_as_they_are_stored(
+        policy, tmp_path, monkeypatch, stored, whole):
+    monkeypatch.setattr('meanflow_ros.core.policy.SMALL_FILE_BYTES', 2**26 if whole else 0)
+    policy.save(tmp_path, dtype=stored)
+    change_weights(tmp_path, put(FIRST, lambda w: w.half()))    # as float32: it is neither
+    loaded, raw = Policy.load(tmp_path), Policy.load(tmp_path, as_stored=True)
+    other = raw.network.state_dict()
+    for name, value in loaded.network.state_dict().items():
+        assert value.dtype == torch.float32
+        assert other[name].dtype == (torch.float32 if name == FIRST else stored)
+        assert torch.equal(value, other[name].float())
+    assert not any(value.requires_grad for value in raw.network.parameters())
+    torch.testing.assert_close(dict(raw.network.named_buffers()),
+                               dict(loaded.network.named_buffers()), check_dtype=False)
+
+
 def test_a_policy_saved_twice_is_the_same_files(saved, tmp_path):
     Policy.load(saved).save(tmp_path / 'again')
     for path in saved.iterdir():
@@ -269,6 +310,22 @@ FIRST = 'dit.action_decoders.eef.mlp.0.weight'
 def test_wrong_weights_are_named(checkpoint, change, words):
     change_weights(checkpoint, change)
     refused(checkpoint, 'model.safetensors', *words)
+
+
+@pytest.mark.parametrize('stored', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), float('-inf')])
+@pytest.mark.parametrize('place', [0, 37, -1])
+def test_a_weight_that_is_no_number_is_found_wherever_it_is(checkpoint, stored, bad, place):
+    def spoil(weights):
+        weights.update({name: value.to(stored) for name, value in weights.items()})
+        weights[FIRST].fill_(torch.finfo(stored).max).view(-1)[place] = bad
+    change_weights(checkpoint, spoil)
+    refused(checkpoint, FIRST, 'NaN or infinite')
+
+
+def test_the_largest_weights_are_no_reason_to_refuse(checkpoint):
+    change_weights(checkpoint, put(FIRST, lambda w: torch.full_like(w, torch.finfo().max)))
+    Policy.load(checkpoint)
 
 
 def test_a_missing_and_an_unknown_tensor_are_both_named(checkpoint):
@@ -400,18 +457,6 @@ def test_the_shipped_policy_loads_is_small_and_acts_within_its_limits():
     assert len(Guard(robot).check(chunk, now_ns=10**18).timed.actions) == robot.horizon
 
 
-@contextlib.contextmanager
-def no_initialization():
-    """Leave new weights as the allocator gives them: untouched pages take no time or memory."""
-    with contextlib.ExitStack() as stack:
-        for name in ('uniform_', 'normal_', 'kaiming_uniform_', 'trunc_normal_',
-                     'xavier_uniform_'):
-            stack.enter_context(mock.patch.object(torch.nn.init, name,
-                                                  lambda tensor, *_, **__: tensor))
-        stack.enter_context(initialization.no_init_weights())
-        yield
-
-
 def test_the_full_size_policy_acts():
     """Florence-2-large and the DiT of FLOWER, 928 M weights, two cameras of 224 pixels."""
     size = 7
@@ -423,7 +468,7 @@ def test_the_full_size_policy_acts():
         robot=robot, encoder=encoder_preset('large'), state_normalizer=CONFIG.state_normalizer,
         action_normalizer=Normalizer(low=[-1.1] * size, high=[0.9] * size),
         dit=dit_preset('large', {'eef_delta': size}, {'eef_delta': 2}))
-    with no_initialization():
+    with NoRandomWeights():     # untouched pages take no time or memory
         network = PolicyNetwork(config, train_tokenizer(['open it']))
     assert sum(parameter.numel() for parameter in network.parameters()) > 900e6
     # every weight is a view of one random pool: the full forward pass in little memory

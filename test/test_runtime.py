@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import threading
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -23,6 +24,7 @@ from meanflow_ros.core.runtime import FastPolicy, Recent, RuntimeOptions
 
 torch.set_num_threads(1)
 
+SHIPPED = Path(__file__).resolve().parents[1] / 'resource' / 'default_policy'
 LOW, HIGH = np.array([-0.37, -41.3, 0.0021]), np.array([0.91, 17.9, 0.0133])
 SIZES = ((30, 40), (64, 64), (61, 83), (17, 90))     # height and width, by camera
 
@@ -173,6 +175,15 @@ def test_the_policy_that_it_is_made_from_is_not_changed(policy):
         observations(policy.robot)[0])
     assert all(torch.equal(before[name], value) and value.dtype == before[name].dtype
                for name, value in policy.network.state_dict().items())
+
+
+def test_nothing_of_the_policy_that_it_is_made_from_is_used_later():
+    policy = a_policy(h_in='adaln_last_third')
+    fast, observation = FastPolicy(policy), observations(policy.robot)[0]
+    expected = FastPolicy(policy).act(observation, steps=3).actions
+    for value in policy.network.state_dict().values():
+        value.zero_()
+    np.testing.assert_array_equal(fast.act(observation, steps=3).actions, expected)
 
 
 def test_the_noise_that_is_given_is_where_the_flow_starts(policy, fast):
@@ -450,6 +461,26 @@ def test_a_checkpoint_is_loaded_as_the_policy_loads_it(micro_checkpoint):
     observation = observations(policy.robot)[0]
     assert off(policy, fast, observation) < 1e-5
     assert fast.device == torch.device('cpu') and fast.dtype == torch.float32
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('name', ['shipped', 'stored as float32', 'stored as bfloat16'])
+def test_weights_as_they_are_stored_give_the_bits_of_float32_weights(
+        policy, tmp_path, monkeypatch, name, whole, dtype):
+    path = SHIPPED
+    if name != 'shipped':
+        path = tmp_path / 'odd'
+        policy.save(path, dtype=getattr(torch, name.split()[-1]))
+    monkeypatch.setattr('meanflow_ros.core.policy.SMALL_FILE_BYTES', 2**26 if whole else 0)
+    fast, expected = FastPolicy.load(path, dtype=dtype), FastPolicy(Policy.load(path, dtype=dtype))
+    assert str(path) not in Path('/proc/self/maps').read_text()
+    values = expected.fused.state_dict()
+    for key, value in fast.fused.state_dict().items():
+        assert value.dtype == values[key].dtype and torch.equal(value, values[key]), key
+    for steps, observation in enumerate(observations(expected.robot, 2), start=1):
+        np.testing.assert_array_equal(fast.act(observation, steps=steps).actions,
+                                      expected.act(observation, steps=steps).actions)
 
 
 def test_what_is_compiled_is_kept_where_nobody_else_can_write(tmp_path, monkeypatch):

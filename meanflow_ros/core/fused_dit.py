@@ -7,6 +7,7 @@ all AdaLN signals are. Keys and values of all blocks are one product.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -276,12 +277,14 @@ class FusedDiT(nn.Module):
 
 
 class TimeConstants:
-    """What t and h come to, computed by the network's own embedders where they are."""
+    """What t and h come to, computed by copies of the network's embedders where they are."""
 
     def __init__(self, dit: ActionDiT, decoder: nn.Module):
-        self._t_embedder, self._mixed = dit.t_embedder, dit.h_from_block > 0
-        self._h_embedder = dit.h_embedder if dit.h_from_block < len(dit.blocks) else None
-        self._first, self._decoder_embedder = decoder.mlp[0], getattr(decoder, 'h_embedder', None)
+        self._mixed = dit.h_from_block > 0
+        self._t_embedder, self._h_embedder, self._first, self._decoder_embedder = (
+            module and copy.deepcopy(module).float() for module in (
+                dit.t_embedder, dit.h_embedder if dit.h_from_block < len(dit.blocks) else None,
+                decoder.mlp[0], getattr(decoder, 'h_embedder', None)))
 
     def __call__(self, times: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
         """Return signals (N, K, D) and offsets (N, F) for (t, h), see Schedule."""

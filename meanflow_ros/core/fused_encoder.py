@@ -8,6 +8,7 @@ number of pictures: those of all cameras and observations in one pass.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,12 +33,16 @@ class Placement:
     kernels: bool = False
 
     def exact(self, value: Tensor) -> Tensor:
-        """Return the value to compute with."""
-        return value.detach().to(self.device, torch.float32)
+        """Return a copy of the value to compute with; it is moved as it is, and converted there.
+
+        The memory of a value that comes from a file is not aligned, which sums depend on.
+        """
+        return value.detach().to(self.device).to(torch.float32, copy=True)
 
     def kept(self, value: Tensor) -> Tensor:
-        """Return the value to keep."""
-        return value.detach().to(self.device, self.dtype).contiguous()
+        """Return a copy of the value to keep: a file that is mapped may be written over."""
+        return value.detach().to(self.device).to(
+            self.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> ConstantLinear:
         """Return a layer of this weight (out, in) and bias (out,)."""
@@ -78,7 +83,7 @@ class DepthwiseConvolution(nn.Module):
     def __init__(self, conv: nn.Conv2d, grid: tuple[int, int], place: Placement):
         super().__init__()
         self.grid, self.channels = grid, conv.out_channels
-        weight = place.exact(conv.weight).clone()                  # (C, 1, 3, 3)
+        weight = place.exact(conv.weight)                          # (C, 1, 3, 3)
         weight[:, 0, 1, 1] += 1
         self.register_buffer('weight', place.kept(weight))
         self.register_buffer('bias', place.kept(conv.bias))
@@ -367,7 +372,7 @@ def _projected_positions(projector: nn.Module, grid: tuple[int, int], place: Pla
         like = torch.zeros(1, 1, *grid, device=projector.image_projection.weight.device)
         spatial = projector.image_position_embed(like)[0].flatten(1).t()   # (H W, C)
         temporal = projector.visual_temporal_embed(spatial[None, :1])      # (1, C)
-        added = place.exact(spatial + temporal)
+        added = place.exact(spatial) + place.exact(temporal)
         added = torch.cat([added.mean(0, keepdim=True), added])
         return added @ place.exact(projector.image_projection.weight).t()
 
@@ -429,8 +434,8 @@ class FusedText(nn.Module):
 class PromptEmbedding:
     """Prompts -> what the text encoder's first layer takes for them: computed once a prompt.
 
-    The table of tokens stays where it is, on the CPU as a rule: it is read for new prompts only.
-    visual_tokens: how many stand before the prompt.
+    The table of tokens stays what and where it is, on the CPU as a rule: it is read for new
+    prompts only. visual_tokens: how many stand before the prompt.
     """
 
     def __init__(self, encoder: FlorenceEncoder, visual_tokens: int, place: Placement):
@@ -438,9 +443,12 @@ class PromptEmbedding:
         self._tokenizer, self._pad_id = encoder.tokenizer, encoder.pad_id
         self._limit, self._visual, self._place = (
             encoder.config.max_prompt_tokens, visual_tokens, place)
-        self._table, self._norm = bart.embed_tokens, bart.layernorm_embedding
-        self._learned = encoder.prompt_embed.detach()
-        self._positions = bart.embed_positions.weight.detach()[bart.embed_positions.offset:]
+        self._table = bart.embed_tokens.weight.detach().clone()
+        self._scale = bart.embed_tokens.embed_scale
+        self._norm = copy.deepcopy(bart.layernorm_embedding).float()
+        self._learned = encoder.prompt_embed.detach().to(torch.float32, copy=True)
+        self._positions = bart.embed_positions.weight.detach()[
+            bart.embed_positions.offset:].to(torch.float32, copy=True)
         self.shortest = visual_tokens + 1                          # sequence, in tokens
         self.longest = self.shortest + self._limit
         self.positions = len(self._positions)
@@ -459,7 +467,8 @@ class PromptEmbedding:
         length = next((some for some in lengths if some >= max(real)), max(real))
         ids = torch.tensor([row + [self._pad_id] * (length - self._visual - 1 - len(row))
                             for row in rows], device=self._learned.device)
-        x = torch.cat([self._learned.expand(len(rows), -1, -1), self._table(ids)], dim=1)
+        words = self._table[ids].float() * self._scale
+        x = torch.cat([self._learned.expand(len(rows), -1, -1), words], dim=1)
         x = self._norm(x + self._positions[self._visual:length])
         added = None
         if lengths or min(real) < length:

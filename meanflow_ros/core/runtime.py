@@ -20,7 +20,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from meanflow_ros.core import fp8, kernels
 from meanflow_ros.core.captured import (
@@ -68,8 +67,7 @@ class RuntimeOptions:
 class FastPolicy(Policy):
     """A Policy with the same interface and results; made from one, which it does not change.
 
-    It holds no weights of the policy but those that it uses as they are. Use it from one thread
-    at a time.
+    What it holds of the policy's weights are copies. Use it from one thread at a time.
     """
 
     def __init__(self, policy: Policy, *, device: torch.device | str | None = None,
@@ -117,8 +115,7 @@ class FastPolicy(Policy):
              dtype: torch.dtype = torch.float32,
              options: RuntimeOptions = RuntimeOptions()) -> 'FastPolicy':
         """Read a checkpoint as Policy.load does; what is compiled is kept for the user."""
-        with NoRandomWeights():
-            policy = Policy.load(directory, dtype=dtype)
+        policy = Policy.load(directory, dtype=dtype, as_stored=True)
         if options.compile_cache is None:
             options = dataclasses.replace(options, compile_cache=users_cache())
         return cls(policy, device=device, options=options)
@@ -382,15 +379,6 @@ class Recent(dict[Hashable, Value]):
         if len(self) > self._limit:
             del self[next(iter(self))]
         return value
-
-
-class NoRandomWeights(TorchFunctionMode):
-    """Networks made in here keep the memory that they got as it is: weights are to be read."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (Tensor.uniform_, Tensor.normal_):
-            return args[0]
-        return function(*args, **(kwargs or {}))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
