@@ -119,8 +119,9 @@ class Guard:
                 raise Rejected('expired', f'every step of the chunk was due before now, the last '
                                           f'{late_s:.3f} s ago: inference is too slow or the '
                                           f'picture too old')
-            timed = TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns,
-                                 actions=actions[-len(timed.actions):])
+            if actions is not chunk.actions:
+                timed = TimedActions(stamp_ns=timed.stamp_ns, due_ns=timed.due_ns,
+                                     actions=actions[-len(timed.actions):])
             return self._sealed(self._steady(timed, start, now_ns, motion, motion_ns))
         except Rejected as error:
             self.interventions[error.kind] += 1

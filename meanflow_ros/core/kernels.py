@@ -193,7 +193,7 @@ if triton is not None:
         total = tl.zeros((X, 4), tl.float32)
         for i in range(TALL):
             line = tl.zeros((X, 4), tl.float32)
-            for j in range(WIDE):
+            for j in tl.static_range(WIDE):
                 at = (base + i * width + first + j)[:, None] * 3 + colour[None, :]
                 inside = (kept & (first + j < width))[:, None] & real
                 line += (tl.load(pictures + at, inside, 0).to(tl.float32)

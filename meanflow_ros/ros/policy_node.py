@@ -398,7 +398,7 @@ class PolicyNode(LifecycleNode):
                 if safe is None:
                     self._status.discarded += 1
                     return
-                self._chunks.publish(to_messages.joint_trajectory(safe))
+                self._chunks.publish(to_messages.serialized_joint_trajectory(safe))
             except Rejected as error:
                 self._report(f'guard: {error}')
                 return
