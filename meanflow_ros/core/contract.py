@@ -38,8 +38,8 @@ def due_times_ns(stamp_ns: int, steps: int, *, period_s: float, first_step: int)
     if not (abs(stamp_ns) < MAX_TIME_NS and last_s * NANOSECONDS < MAX_TIME_NS):
         raise ValueError(f'due times must stay below 2**62 ns, got the stamp {stamp_ns} ns and '
                          f'{steps} steps of {period_s} s after {first_step}')
-    due_ns = np.array([stamp_ns + round((step + first_step) * period_s * NANOSECONDS)
-                       for step in range(steps)], np.int64)
+    due_ns = stamp_ns + np.rint((np.arange(steps) + first_step) * period_s * NANOSECONDS).astype(
+        np.int64)
     if (np.diff(due_ns) < 1).any():
         raise ValueError(f'steps of {period_s} s are not a nanosecond apart')
     return due_ns

@@ -221,6 +221,8 @@ class Motion:
 
         Where nothing is measured, where the chunk begins, or the limit beyond which it does.
         """
+        if not np.isnan(self._felt).any():
+            return self._felt
         first = chunk.actions[0] if chunk.actions.shape == (
             self.robot.horizon, self.robot.action_space.size) else np.full(len(self._felt), np.nan)
         limits = self.guard.limits
