@@ -88,6 +88,7 @@ class FastPolicy(Policy):
         self.fused.eval().requires_grad_(False)
         if device.type == 'cuda':
             torch.cuda.synchronize(device)   # what is folded is used on other streams
+            torch.cuda.empty_cache()         # and what that took is no longer needed
         self._lengths = self._default_lengths() if options.lengths is None else options.lengths
         self._prompts: Recent[Prompt] = Recent(PROMPTS_KEPT)
         self._schedules: Recent[Schedule] = Recent(SCHEDULES_KEPT)

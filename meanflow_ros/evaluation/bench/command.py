@@ -152,8 +152,10 @@ class Bench:
         row['work'] = work
         if 'ceilings' in self.results:
             row['bound_ms'] = roofline.bound_ms(work, **self.results['ceilings'])
-            row['roofline_fraction'] = round(
-                row['bound_ms']['total'] / row['host_ms']['p50'], 4)
+            row['roofline_fraction'] = {
+                where: round(row['bound_ms']['total'] / times['p50'], 4)
+                for where, times in (('host', row['host_ms']),
+                                     ('pinned', row['stages_ms'].get('pinned'))) if times}
 
     def _checkpoint(self, folder: Path) -> Path:
         """Return the checkpoint that was asked for, or the random policy's, written there."""

@@ -14,10 +14,14 @@ COLOURS = {'flower': '#b0b0b0', 'policy': '#7aa6d8', 'fast': '#1f5fa8'}
 
 
 def draw(path: Path, documents: list[dict]) -> None:
-    """Draw the median of every row as a bar, up to its 99th percentile a line; milliseconds."""
+    """Draw the median of every row as a bar, up to its 99th percentile a line; milliseconds.
+
+    Of a row that several documents have, that of the first is drawn.
+    """
     from matplotlib.figure import Figure
-    rows = sorted((row for document in documents for row in document['rows']),
-                  key=lambda row: -row['host_ms']['p50'])
+    rows = {(row['technique'], row['nfe']): row
+            for document in reversed(documents) for row in document['rows']}
+    rows = sorted(rows.values(), key=lambda row: -row['host_ms']['p50'])
     figure = Figure(figsize=(8, 0.7 + 0.32 * len(rows)), layout='constrained')
     axes = figure.subplots()
     for place, row in enumerate(rows):
