@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_runtime import observations
 from torch import nn
 
-from meanflow_ros.core import fp8, kernels
+from meanflow_ros.core import encoder_kernels, fp8, kernels
 from meanflow_ros.core.fused_encoder import window_order
 from meanflow_ros.core.policy import Policy
 from meanflow_ros.core.runtime import FastPolicy, RuntimeOptions
@@ -65,7 +65,7 @@ def check_attention():
         bias[0, ..., 30:] = -torch.inf
         q, k, v = qkv.unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        found(f'attention among {tokens}', kernels.attention(qkv, 4, bias),
+        found(f'attention among {tokens}', encoder_kernels.attention(qkv, 4, bias),
               out.transpose(1, 2).flatten(2))
 
 
@@ -76,28 +76,28 @@ def check_vision():
         rows = torch.cat([qkv, padding.expand(2, -1, -1)], 1).index_select(1, gather)
         q, k, v = rows.view(-1, side * side, 3, 4, 16).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, -1, 64)
-        found(f'windows of {side} on {grid}', kernels.window_attention(
+        found(f'windows of {side} on {grid}', encoder_kernels.window_attention(
             qkv, padding, gather, 4, side * side), out.index_select(1, scatter))
     for tokens in (196, 700):
         qkv = torch.randn(2, tokens, 3 * 96)
         q, k, v = qkv.view(2, tokens, 3, 3, 32).permute(2, 0, 3, 4, 1)
         out = (q @ k.transpose(-1, -2) * tokens ** -0.5).softmax(-1) @ v
-        found(f'attention among channels of {tokens}', kernels.channel_attention(qkv, 3),
+        found(f'attention among channels of {tokens}', encoder_kernels.channel_attention(qkv, 3),
               out.permute(0, 3, 1, 2).flatten(2))
     x, weight = torch.randn(2, 35, 48), torch.randn(48, 1, 3, 3)
     bias, after, scale = torch.randn(3, 48)
     grid = x.unflatten(1, (5, 7)).permute(0, 3, 1, 2)
     y = (grid + F.conv2d(grid, weight, bias, padding=1, groups=48)).permute(0, 2, 3, 1)
     y = y.flatten(1, 2)
-    out, normed = kernels.depthwise_norm(x, weight.flatten(1).t().contiguous(), bias, after,
-                                         (5, 7), 1e-5)
+    out, normed = encoder_kernels.depthwise_norm(x, weight.flatten(1).t().contiguous(), bias,
+                                                 after, (5, 7), 1e-5)
     found('depthwise convolution', out, y + after)
     found('its norm', normed, F.layer_norm(y, (48,)))
-    found('sum and norm', kernels.add_norm(x, y, scale, bias, 1e-5),
+    found('sum and norm', encoder_kernels.add_norm(x, y, scale, bias, 1e-5),
           F.layer_norm(x + y, (48,), scale, bias))
-    found('norm', kernels.add_norm(x, None, scale, bias, 1e-5),
+    found('norm', encoder_kernels.add_norm(x, None, scale, bias, 1e-5),
           F.layer_norm(x, (48,), scale, bias))
-    found('sum of a product', kernels.linear_onto(x.clone(), y, torch.eye(48)), x + y)
+    found('sum of a product', encoder_kernels.linear_onto(x.clone(), y, torch.eye(48)), x + y)
 
 
 def check_tokens():
@@ -107,7 +107,7 @@ def check_tokens():
         nn.init.normal_(value)
     each = norm(torch.cat([x.mean(1, keepdim=True), x], dim=1) + positions)
     expected = text_norm(each.unflatten(0, (2, 2)).flatten(1, 2) + text_positions)
-    found('tokens', kernels.tokens(x, 2, positions, norm, text_positions, text_norm),
+    found('tokens', encoder_kernels.tokens(x, 2, positions, norm, text_positions, text_norm),
           expected.detach())
 
 
@@ -125,10 +125,10 @@ def check_fp8():
     x = 2.0 ** torch.randint(-5, 9, (37, 80)) * (1 + torch.randint(8, (37, 80)) / 8)
     x = (x.clamp(max=448) * torch.randint(-1, 2, x.shape)).index_fill(1, torch.tensor(5), 448)
     x = x * 2.0 ** torch.arange(-18, 19)[:, None]   # rounding is not quite right if interpreted
-    values, scales = kernels.quantised(x)
+    values, scales = encoder_kernels.quantised(x)
     found('values in fp8', values.float() * scales, x)
     x = torch.randn(3, 2100).index_fill(0, torch.tensor(1), 0)
-    found('scales in fp8', kernels.quantised(x)[1], fp8.quantised(x)[1])
+    found('scales in fp8', encoder_kernels.quantised(x)[1], fp8.quantised(x)[1])
 
 
 def check_pictures():
@@ -138,7 +138,7 @@ def check_pictures():
         pictures = pictures[:, :, :, [2, 0, 1]].contiguous()
         expected = F.interpolate(pictures.movedim(-1, 1).float(), (size, size), mode='bilinear',
                                  antialias=True, align_corners=False).movedim(1, -1) - mean
-        resize = kernels.Resize(height, width, size, torch.device('cpu'))
+        resize = encoder_kernels.Resize(height, width, size, torch.device('cpu'))
         found(f'{width}x{height} to {size}', resize(pictures, mean, torch.float32), expected)
     for grid, channels, side, stride, padding in (((21, 17), 3, 7, 4, 3), ((8, 6), 48, 3, 2, 1),
                                                   ((7, 7), 1024, 3, 2, 1), ((9, 9), 4, 2, 2, 0)):
@@ -148,7 +148,7 @@ def check_pictures():
         flat = F.pad(flat, (0, -flat.shape[1] % 8))
         expected = F.conv2d(x.unflatten(1, grid).permute(0, 3, 1, 2), weight, None, stride,
                             padding)
-        taken = kernels.patches(x, grid, side, stride, padding, flat.shape[1])
+        taken = encoder_kernels.patches(x, grid, side, stride, padding, flat.shape[1])
         found(f'convolution of {side} with stride {stride} of {channels}', taken @ flat.t(),
               expected.permute(0, 2, 3, 1).flatten(1, 2))
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meanflow_ros.core import kernels
+from meanflow_ros.core import encoder_kernels
 from meanflow_ros.core.fused import FusedNetwork
 from meanflow_ros.core.fused_encoder import ConstantLinear
 
-LARGEST, LEAST = kernels.FP8_LARGEST, kernels.FP8_LEAST
+LARGEST, LEAST = encoder_kernels.FP8_LARGEST, encoder_kernels.FP8_LEAST
 OLDEST = (8, 9)       # compute capability: the tensor cores of Ada
 MULTIPLE = 16         # of both sizes of a weight, as cuBLAS wants them
 PROBE = 17, 64, 48    # rows, depth and columns
@@ -122,7 +122,7 @@ class Fp8Linear(nn.Module):
 
     def _multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.flatten(0, -2).contiguous()
-        rows, scales = kernels.quantised(rows) if self.kernels else quantised(rows)
+        rows, scales = encoder_kernels.quantised(rows) if self.kernels else quantised(rows)
         out = self._product(rows, scales, self.weight, self.scales, bias)
         return out.unflatten(0, x.shape[:-1])
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meanflow_ros.core import kernels, meanflow
+from meanflow_ros.core import meanflow
+from meanflow_ros.core.encoder_kernels import Resize
 from meanflow_ros.core.fused_dit import FusedDiT, Schedule
 from meanflow_ros.core.fused_encoder import FusedText, FusedVision, Placement, PromptEmbedding
 from meanflow_ros.core.policy import Policy
@@ -56,7 +57,7 @@ class FusedNetwork(nn.Module):
         resized = []
         for group in pictures:
             if self.kernels:
-                resize = kernels.Resize.of(*group.shape[2:4], self.image_size, group.device)
+                resize = Resize.of(*group.shape[2:4], self.image_size, group.device)
                 small = resize(group.flatten(0, 1), self.mean, self.place.dtype)
                 resized.append(small.unflatten(0, group.shape[:2]))
                 continue

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meanflow_ros.core import kernels
+from meanflow_ros.core import encoder_kernels, kernels
 from meanflow_ros.core.encoder import FlorenceEncoder
 
 
@@ -25,7 +25,7 @@ from meanflow_ros.core.encoder import FlorenceEncoder
 class Placement:
     """Where the constants go: they are folded in float32 on the device, then kept as `dtype`.
 
-    kernels: whether core/kernels.py is used, where its limits allow it.
+    kernels: whether those of Triton are used, where their limits allow it.
     """
 
     device: torch.device
@@ -66,15 +66,15 @@ class Placement:
 
 
 class ConstantLinear(nn.Linear):
-    """A layer of a Placement, and what core/kernels.py makes one product with it."""
+    """A layer of a Placement, and what core/encoder_kernels.py makes one product with it."""
 
     def gelu(self, x: Tensor) -> Tensor:
         """Return GELU of the layer's output."""
-        return kernels.linear_gelu(x, self.weight, self.bias)
+        return encoder_kernels.linear_gelu(x, self.weight, self.bias)
 
     def onto(self, residual: Tensor, x: Tensor) -> Tensor:
         """Add what the layer gives, less its bias, to residual, and return it."""
-        return kernels.linear_onto(residual, x, self.weight)
+        return encoder_kernels.linear_onto(residual, x, self.weight)
 
 
 class DepthwiseConvolution(nn.Module):
@@ -150,8 +150,8 @@ class WindowAttention(nn.Module):
         """Return what the last layer takes."""
         rows = self.qkv(x)                                         # (N, H W, 3 C)
         if self.kernels:
-            return kernels.window_attention(rows, self.padding, self.gather, self.heads,
-                                            self.window_tokens)
+            return encoder_kernels.window_attention(rows, self.padding, self.gather, self.heads,
+                                                    self.window_tokens)
         if self.padded:
             rows = torch.cat([rows, self.padding.expand(len(x), -1, -1)], dim=1)
         if not self.one_window:
@@ -186,7 +186,7 @@ class ChannelAttention(nn.Module):
         self.groups, self.scale = source.groups, (grid[0] * grid[1]) ** -0.5
         self.qkv = place.linear(*place.after_norm(norm, source.qkv.weight, source.qkv.bias))
         self.proj = place.linear(source.proj.weight, source.proj.bias)
-        self.kernels = (place.kernels and grid[0] * grid[1] <= kernels.MOST_TOKENS
+        self.kernels = (place.kernels and grid[0] * grid[1] <= encoder_kernels.MOST_TOKENS
                         and kernels.fits(source.dim // self.groups))
 
     def forward(self, x: Tensor) -> Tensor:                        # (N, H W, C)
@@ -196,7 +196,7 @@ class ChannelAttention(nn.Module):
         """Return what the last layer takes."""
         qkv = self.qkv(x)                                          # (N, H W, 3 C)
         if self.kernels:
-            return kernels.channel_attention(qkv, self.groups)
+            return encoder_kernels.channel_attention(qkv, self.groups)
         q, k, v = qkv.unflatten(-1, (3, self.groups, -1)).permute(2, 0, 3, 4, 1)
         attention = (q @ k.transpose(-1, -2) * self.scale).softmax(-1)   # (N, groups, D, D)
         return (attention @ v).permute(0, 3, 1, 2).flatten(2)
@@ -259,7 +259,8 @@ class VisionBlock(nn.Module):
 
     def _convolved(self, conv: DepthwiseShifts, x: Tensor, then: ConstantLinear) -> tuple:
         """Return the convolution of x, with the bias of the layer whose result is added to it."""
-        return kernels.depthwise_norm(x, conv.weight, conv.bias, then.bias, conv.grid, self.eps)
+        return encoder_kernels.depthwise_norm(x, conv.weight, conv.bias, then.bias, conv.grid,
+                                              self.eps)
 
 
 class PatchEmbedding(nn.Module):
@@ -295,15 +296,15 @@ class PatchEmbedding(nn.Module):
 
     def _norm(self, x: Tensor) -> Tensor:
         if self.kernels:
-            return kernels.add_norm(x, None, self.norm_scale, self.norm_shift, self.eps)
+            return encoder_kernels.add_norm(x, None, self.norm_scale, self.norm_shift, self.eps)
         return F.layer_norm(x, x.shape[-1:], self.norm_scale, self.norm_shift, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:                        # (N, H W, C) -> (N, h w, D)
         x = self._norm(x) if self.before else x
         if self.kernels:
-            out = F.linear(kernels.patches(x, self.grid, self.weight.shape[2], self.stride[0],
-                                           self.padding[0], self.flat.shape[1]),
-                           self.flat, self.bias)
+            taken = encoder_kernels.patches(x, self.grid, self.weight.shape[2], self.stride[0],
+                                            self.padding[0], self.flat.shape[1])
+            out = F.linear(taken, self.flat, self.bias)
         else:
             out = F.conv2d(x.unflatten(1, self.grid).permute(0, 3, 1, 2), self.weight, self.bias,
                            self.stride, self.padding)
@@ -346,8 +347,9 @@ class FusedVision(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         each = pictures.flatten(0, 1)
         if self.kernels:
-            return kernels.tokens(self._projected(each), pictures.shape[1], self.positions,
-                                  self.norm, self.text_positions, self.text_norm)
+            return encoder_kernels.tokens(self._projected(each), pictures.shape[1],
+                                          self.positions, self.norm, self.text_positions,
+                                          self.text_norm)
         return self.together(self.each(each).unflatten(0, pictures.shape[:2]))
 
     def each(self, pictures: Tensor) -> Tensor:
@@ -404,7 +406,7 @@ class TextLayer(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:   # (B, S, D), (B, 1, 1, S)
         if self.kernels and x.shape[1] <= kernels.MOST_KEYS:
-            out = kernels.attention(self.qkv(x), self.heads, bias)
+            out = encoder_kernels.attention(self.qkv(x), self.heads, bias)
             x = self._added(x, self.out(out), self.attention_norm)
             return self._added(x, self.fc2(self.fc1(x)), self.final_norm)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -413,7 +415,7 @@ class TextLayer(nn.Module):
         return self.final_norm(x + self.fc2(self.fc1(x)))
 
     def _added(self, x: Tensor, other: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return kernels.add_norm(x, other, norm.weight, norm.bias, norm.eps)
+        return encoder_kernels.add_norm(x, other, norm.weight, norm.bias, norm.eps)
 
 
 class FusedText(nn.Module):

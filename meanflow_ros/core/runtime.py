@@ -45,7 +45,7 @@ class RuntimeOptions:
     """How a policy is run.
 
     dtype: of weights and activations; the policy's own by default. graphs: capture CUDA graphs.
-    kernels: use those of core/kernels.py. compile: compile the network's blocks when the policy is
+    kernels: use those of Triton and CUDA. compile: compile the network's blocks when the policy is
     warmed up, by torch.compile's `backend`. compile_cache: where what was compiled is. fp8: put
     the encoder's layers into fp8 when the policy is warmed up (core/fp8.py). lengths: of the
     sequence of visual tokens and prompt, ascending, which prompts are padded to; multiples
@@ -138,7 +138,7 @@ class FastPolicy(Policy):
 
     @property
     def why_no_kernels(self) -> str:
-        """Return why PyTorch's operations stand in for core/kernels.py; '' if they do not."""
+        """Return why PyTorch's operations stand in for our kernels; '' if they do not."""
         return self._why_no_kernels
 
     @property
