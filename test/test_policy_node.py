@@ -402,6 +402,25 @@ def test_reliable_cameras_are_taken_reliably_and_an_override_wins(micro_checkpoi
         rig.recovers()
 
 
+@pytest.mark.parametrize('parameters, topics', [
+    ({}, {'joint_states', 'camera/static/image_raw', 'camera/wrist/image_raw'}),
+    ({'qos_overrides.NAMESPACE/camera/static/image_raw.subscription.depth': 3},
+     {'joint_states', 'camera/wrist/image_raw'}),     # the executor hears of what does not fit
+    ({'use_sim_time': True}, set())])                 # it keeps the order of /clock
+def test_sensors_are_received_on_a_thread_of_their_own_with_two_exceptions(
+        micro_checkpoint, parameters, topics):
+    with Rig(micro_checkpoint, parameters=parameters) as rig:
+        for _ in range(2):
+            assert rig.transition('configure'), rig.log()
+            receiver = rig.node._receiver
+            received = set() if receiver is None else {
+                subscription.topic_name for subscription in receiver._subscriptions}
+            assert received == {f'{rig.namespace}/{topic}' for topic in topics}
+            assert rig.transition('cleanup')
+            assert rig.node._receiver is None
+    assert receiver is None or not receiver._thread.is_alive()
+
+
 # Instructions
 
 

@@ -241,6 +241,8 @@ class CudaGraphs:
         # What runs beside another graph may not use memory that this one has given back.
         self._pool, self._pool_beside = (torch.cuda.graph_pool_handle() for _ in range(2))
         self._warm, self._stream, self._beside = (torch.cuda.Stream(device) for _ in range(3))
+        # Not the one that is captured beside: a capture takes what anybody starts on its stream.
+        self._telling = torch.cuda.Stream(device)
         for stream in (self._stream, self._beside):   # whose workspace is not to lie in a graph's
             with torch.cuda.stream(stream):
                 one = torch.ones(64, 64, device=device, dtype=network.place.dtype)
@@ -264,9 +266,11 @@ class CudaGraphs:
         decide = self._captured(act.decide, self._stream, self._pool)
 
         def tell_beside() -> None:
-            with torch.cuda.stream(self._beside):
+            if not self._pinned:   # the numbers were uploaded by the stream that sees
+                self._telling.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._telling):
                 tell.replay()
-            torch.cuda.current_stream().wait_stream(self._beside)
+            torch.cuda.current_stream().wait_stream(self._telling)
 
         replay = Replay(act, see.replay, tell_beside, decide.replay,
                         lambda: torch.cuda.current_stream().synchronize())

@@ -1,8 +1,9 @@
 """The lifecycle node `meanflow_policy`: pictures and an instruction in, action chunks out.
 
-Callbacks only store messages; one inference thread works on the newest complete observation, so
-no queue grows and a slow model drops pictures. Nothing is published unless the observation is
-complete, the guard has let the chunk pass, and nothing was reset while the network was running.
+Callbacks only store messages, those of sensors on a thread of their own; one inference thread
+works on the newest complete observation, so no queue grows and a slow model drops pictures.
+Nothing is published unless the observation is complete, the guard has let the chunk pass, and
+nothing was reset while the network was running.
 `Motion` turns chunks into what the robot's controllers take, and stops them.
 """
 
