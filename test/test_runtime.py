@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import micro_policy
-from meanflow_ros.core import kernels, runtime
+from meanflow_ros.core import encoder_kernels, kernels, runtime
 from meanflow_ros.core.captured import GraphCache, Replay, Request, StaticAct
 from meanflow_ros.core.compiled import keep_compiled_in, users_cache
 from meanflow_ros.core.contract import ActionSpace, CameraSpec, Observation, RobotSpec
@@ -443,7 +443,7 @@ def test_a_compiler_that_fails_is_left_out_and_the_reason_kept(policy):
 def test_a_kernel_that_is_wrong_or_fails_is_left_out_and_the_reason_kept(
         policy, monkeypatch, wrong, words):
     monkeypatch.setattr(kernels, 'why_not', lambda *_: '')
-    monkeypatch.setattr(kernels, 'linear_gelu', wrong)
+    monkeypatch.setattr(encoder_kernels, 'linear_gelu', wrong)
     fast = FastPolicy(policy)
     for part in fast.fused.modules():
         if not isinstance(part, ActivatedLinear):
