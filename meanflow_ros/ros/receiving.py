@@ -81,20 +81,20 @@ class Receiver:
 
     def _run(self) -> None:
         while not self._ended and self._context.ok():
-            with self._lock:
-                subscriptions = self._subscriptions
             try:
-                self._receive(subscriptions)
+                self._receive()
             except Exception as error:  # whatever is raised must not end the thread
                 self._failed(error)
                 time.sleep(PAUSE_S)
 
-    def _receive(self, subscriptions: list[Subscription]) -> None:
-        """Take the messages of these subscriptions until there are others."""
+    def _receive(self) -> None:
+        """Take the messages of the subscriptions that there are, until there are others."""
         with contextlib.ExitStack() as in_use:   # what is destroyed meanwhile is so at the end
-            for handle in (self._context.handle, self._changed.handle,
-                           *(one.handle for one in subscriptions)):
-                in_use.enter_context(handle)
+            with self._lock:
+                subscriptions = self._subscriptions
+                for handle in (self._context.handle, self._changed.handle,
+                               *(one.handle for one in subscriptions)):
+                    in_use.enter_context(handle)
             wait_set = rclpy_implementation.WaitSet(
                 len(subscriptions), 1, 0, 0, 0, 0, self._context.handle)
             while (subscriptions is self._subscriptions and not self._ended
