@@ -25,25 +25,12 @@ def duration(length_ns: int) -> Duration:
     return Duration(sec=length_ns // NANOSECONDS, nanosec=length_ns % NANOSECONDS)
 
 
-def joint_trajectory(safe: SafeChunk) -> JointTrajectory:
-    """Return a SafeChunk as a trajectory: joint names are dimensions, positions their values.
-
-    `header.stamp` is t_obs; each point's `time_from_start` leads from there to its due time.
-    """
-    timed = safe.timed
-    message = JointTrajectory(joint_names=list(safe.space.dimensions))
-    message.header.stamp = time(timed.stamp_ns)
-    message.points = [
-        JointTrajectoryPoint(positions=action.tolist(),
-                             time_from_start=duration(int(due_ns) - timed.stamp_ns))
-        for due_ns, action in zip(timed.due_ns, timed.actions)]
-    return message
-
-
 def serialized_joint_trajectory(safe: SafeChunk) -> bytes:
-    """Return the message of `joint_trajectory` as a publisher takes it too, in CDR.
+    """Return a SafeChunk as a JointTrajectory in CDR, which publishers take as they take messages.
 
-    Making the message and having it serialised takes several times as long.
+    Joint names are dimensions, positions their values; `header.stamp` is t_obs, and each point's
+    `time_from_start` leads from there to its due time. Making the message and having it serialised
+    takes several times as long.
     """
     timed = safe.timed
     template, first = _template(tuple(safe.space.dimensions), len(timed.actions))

@@ -11,6 +11,7 @@ from /diagnostics.
 from __future__ import annotations
 
 import array
+import contextlib
 import functools
 import struct
 import tempfile
@@ -145,14 +146,17 @@ def measure_node(checkpoint: Path, *, device: str, width: int, height: int, thre
     minutes: of the run at `rate_hz` after that; 0 for none. RuntimeError if the node fails.
     """
     robot = read_config(checkpoint / 'policy.yaml').robot
-    rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
-    process = NodeProcess(POLICY, 'meanflow_ros.ros.policy_node',
-                          Path(tempfile.mkdtemp()) / 'policy.log', {
-                              'checkpoint': checkpoint, 'device': device, 'threads': threads,
-                              'image_transport': 'compressed' if compressed else 'raw',
-                              'picture_size': 'any', 'autostart': True})
-    feeder = Feeder(rclpy.create_node('bench'), robot, width, height, compressed=compressed)
-    try:
+    with contextlib.ExitStack() as afterwards:
+        rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
+        afterwards.callback(rclpy.try_shutdown)
+        process = NodeProcess(POLICY, 'meanflow_ros.ros.policy_node',
+                              Path(tempfile.mkdtemp()) / 'policy.log', {
+                                  'checkpoint': checkpoint, 'device': device, 'threads': threads,
+                                  'image_transport': 'compressed' if compressed else 'raw',
+                                  'picture_size': 'any', 'autostart': True})
+        afterwards.callback(process.stop)
+        feeder = Feeder(rclpy.create_node('bench'), robot, width, height, compressed=compressed)
+        afterwards.callback(feeder.end)
         feeder.wait(lambda: process.check() or feeder.statistics.get('state') == 'active', START_S)
         found: dict[str, object] = {
             'pictures': f'{len(robot.cameras)} x {width}x{height} '
@@ -160,10 +164,6 @@ def measure_node(checkpoint: Path, *, device: str, width: int, height: int, thre
         found |= _one_by_one(feeder, runs)
         if minutes:
             found['at_rate'] = _at_rate(feeder, process, rate_hz, minutes)
-    finally:
-        process.stop()
-        feeder.end()
-        rclpy.try_shutdown()
     return found
 
 
