@@ -181,3 +181,12 @@ def test_a_safe_chunk_does_not_help_to_make_another():
     with pytest.raises(dataclasses.FrozenInstanceError):
         safe.timed = unsafe
     assert safe.timed.actions.max() == 0.05
+
+
+def test_steps_are_due_at_the_nearest_nanosecond_however_large_the_stamp():
+    stamp_ns = 2**60 + 1     # which float64 does not hold
+    chunk = ActionChunk(actions=np.zeros((5, 2)), stamp_ns=stamp_ns, period_s=1 / 30, first_step=1)
+    due_ns = chunk.timed().due_ns.tolist()
+    assert due_ns == [chunk.due_ns(step) for step in range(5)]
+    assert [due - stamp_ns for due in due_ns] == [
+        33_333_333, 66_666_667, 100_000_000, 133_333_333, 166_666_667]
